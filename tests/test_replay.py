@@ -1,0 +1,122 @@
+"""ReplayBuffer: a stream of time steps."""
+
+from collections import Counter
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import dqn
+from dqn import Args, Learner, ReplayBuffer, UsageError, make_envs
+from environments import Coded
+
+GAMMA = 0.5  # powers of it are exact
+
+
+def fill(num_envs, capacity, passes, n_step=1):
+    """A buffer after so many steps of `num_envs` Coded environments, actions 0, 1, 2, 3, 0, …, and the steps taken."""
+    envs = gym.vector.SyncVectorEnv([lambda number=i: Coded(number) for i in range(num_envs)])
+    buffer = ReplayBuffer(capacity, num_envs, envs.single_observation_space, 4, n_step, GAMMA)
+    observations, _ = envs.reset(seed=0)
+    buffer.reset(observations)
+    stream = []  # every real step, in order: (environment, episode, step), by pass
+    ended = np.zeros(num_envs, bool)
+    for i in range(passes):
+        stream.append([tuple(map(int, observations[e])) for e in range(num_envs) if not ended[e]])
+        actions = np.full(num_envs, i % 4)
+        observations, rewards, terminated, truncated, _ = envs.step(actions)
+        buffer.add(actions, rewards, terminated, truncated, observations)
+        ended = terminated | truncated
+    return buffer, stream
+
+
+def transition(environment, episode, step, known, n_step):
+    """What a sample from that step must hold, worked out from the environment's definition.
+
+    Returns:
+        reward, number of the next step, discount; `known` is the set of all steps in the stream.
+    """
+    length = Coded.length(environment, episode)
+    end = min(step + n_step, length)
+    while (environment, episode, end - 1) not in known:
+        end -= 1  # the stream stops here
+    reward = sum(GAMMA**i * Coded.reward(environment, episode, step + i) for i in range(end - step))
+    terminated = end == length and Coded.flags(episode)[0]
+    return reward, end, 0.0 if terminated else GAMMA ** (end - step)
+
+
+@pytest.mark.parametrize("n_step", [1, 3, 5])
+@pytest.mark.parametrize(("num_envs", "capacity", "passes"), [
+    (1, 50, 20), (1, 50, 50), (1, 50, 51), (1, 50, 333), (3, 50, 400), (8, 64, 5), (8, 64, 1000), (8, 8, 100),
+    (64, 1000, 777), (1, 1, 40), (1, 2, 41),
+])
+def test_every_sample_is_a_true_transition(num_envs, capacity, passes, n_step):
+    buffer, stream = fill(num_envs, capacity, passes, n_step)
+    held = {step for row in stream[-(buffer.num_rows - 1):] for step in row}
+    known = {step for row in stream for step in row}
+    batch = buffer.sample(4000, np.random.default_rng(0))
+    for observation, reward, following, discount in zip(
+        batch.observations.tolist(), batch.rewards.tolist(), batch.next_observations.tolist(),
+        batch.discounts.tolist(), strict=True,
+    ):
+        environment, episode, step = map(int, observation)
+        assert (environment, episode, step) in held
+        assert step < Coded.length(environment, episode), "a reset step was sampled"
+        expected_reward, next_step, expected_discount = transition(environment, episode, step, known, n_step)
+        assert following == [environment, episode, next_step]
+        assert (reward, discount) == (expected_reward, expected_discount)
+
+
+@pytest.mark.parametrize(("num_envs", "passes"), [(1, 90), (4, 20), (4, 25), (4, 26), (4, 137)])
+def test_samples_are_uniform_over_all_held_transitions(num_envs, passes):
+    buffer, stream = fill(num_envs, 100, passes)
+    held = [step for row in stream[-(buffer.num_rows - 1):] for step in row]
+    draws = 200 * len(held)
+    observations = buffer.sample(draws, np.random.default_rng(1)).observations.numpy().astype(int)
+    counts = Counter(map(tuple, observations))
+    assert counts.keys() == set(held), "the oldest and the newest transition can be drawn"
+    chi_square = sum((counts[step] - 200) ** 2 / 200 for step in held)
+    freedom = len(held) - 1
+    assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5  # mean and deviation of the distribution
+
+
+def test_the_action_of_a_transition_is_kept():
+    envs, buffer = gym.vector.SyncVectorEnv([lambda: Coded(0)]), None
+    buffer = ReplayBuffer(100, 1, envs.single_observation_space, 4)
+    buffer.reset(envs.reset()[0])
+    taken = {}
+    for i in range(60):
+        action = i * 7 % 4
+        taken[tuple(buffer.newest[0])] = action
+        observations, *outcome, _ = envs.step(np.array([action]))
+        buffer.add(np.array([action]), *outcome, observations)
+    batch = buffer.sample(500, np.random.default_rng(0))
+    assert batch.actions.tolist() == [taken[tuple(observation)] for observation in batch.observations.tolist()]
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float64", "float32"), ("float16", "float32"), ("uint8", "uint8"),
+                                               ("int64", "int64"), ("bool", "bool"), ("uint16", "uint16")])
+def test_only_floats_change_their_dtype(dtype, stored):
+    space = gym.spaces.Box(0, 1, (2,), np.dtype(dtype).type)
+    buffer = ReplayBuffer(10, 1, space, 2)
+    buffer.reset(np.ones((1, 2), dtype))
+    buffer.add(*np.zeros((4, 1), bool), np.ones((1, 2), dtype))
+    assert buffer.observations.dtype == stored
+    assert buffer.sample(3, np.random.default_rng(0)).observations.sum() == 6
+
+
+def test_memory_is_within_three_percent_of_what_a_transition_holds():
+    space = gym.spaces.Box(-1, 1, (4,), np.float32)
+    for num_envs in (1, 8, 64):
+        buffer = ReplayBuffer(10_000, num_envs, space, 2)
+        arrays = (buffer.observations, buffer.actions, buffer.rewards, buffer.terminated, buffer.ended)
+        transition_bytes = 4 * 4 + 1 + 4 + 2
+        assert sum(array.nbytes for array in arrays) <= 1.03 * 10_000 * transition_bytes
+        assert ReplayBuffer.bytes_needed(10_000, space, 2) == 10_000 * transition_bytes
+
+
+def test_a_buffer_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(dqn, "available_memory", lambda: 1e6)
+    args = Args(tuned=False, buffer_size=100_000)
+    with pytest.raises(UsageError, match=r"--buffer-size 100000.*needs.*GiB.*at most 43,478"):  # 1e6 / 23 bytes
+        Learner(args, make_envs(args, 1), "cpu")
