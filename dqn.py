@@ -150,8 +150,24 @@ SECTIONS = tuple(reversed(Args.__bases__))
 
 TUNED: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(
-        total_timesteps=60_000, num_envs=8, learning_rate=1e-3, buffer_size=60_000, learning_starts=1_000,
-        exploration_fraction=0.3, n_step=10, layer_norm=True, eval_frequency=5_000,
+        total_timesteps=80_000, num_envs=8, learning_rate=2e-3, anneal_lr=True, buffer_size=80_000,
+        learning_starts=1_000, gamma=0.995, n_step=10, layer_norm=True, exploration_fraction=0.3,
+        eval_frequency=2_500, eval_episodes=100, stop_return=500.0,
+    ),
+    "Acrobot-v1": dict(
+        total_timesteps=100_000, num_envs=8, learning_rate=1e-3, anneal_lr=True, buffer_size=100_000,
+        learning_starts=1_000, train_frequency=5, n_step=5, target_network_frequency=200, layer_norm=True,
+        exploration_fraction=0.2, eval_frequency=10_000,
+    ),
+    "MountainCar-v0": dict(
+        total_timesteps=120_000, num_envs=8, learning_rate=2e-3, anneal_lr=True, buffer_size=120_000,
+        learning_starts=1_000, train_frequency=4, n_step=3, target_network_frequency=200, layer_norm=True,
+        exploration_fraction=0.1, eval_frequency=10_000,
+    ),
+    "LunarLander-v3": dict(
+        total_timesteps=200_000, num_envs=8, learning_rate=5e-4, anneal_lr=True, buffer_size=200_000,
+        learning_starts=5_000, train_frequency=2, n_step=3, double_q=True, hidden_sizes=(256, 256), layer_norm=True,
+        exploration_fraction=0.3, eval_frequency=20_000,
     ),
 }
 
@@ -688,7 +704,7 @@ class Report:
         else:
             mean, spread, low, high = (getattr(final.returns, name)() for name in ("mean", "std", "min", "max"))
             episodes = f"{len(final.returns)} greedy episodes"
-            words["final return"] = f"{mean:.1f} ± {spread:.1f}, from {low:g} to {high:g}, over {episodes}"
+            words["final return"] = f"{mean:.1f} ± {spread:.1f}, from {low:.1f} to {high:.1f}, over {episodes}"
         if self.evaluations:
             words["best return"] = f"{self.best_return:.1f}, evaluated at step {self.best_step:,}"
         words |= {name: self.run_dir / name for name in ("model.pt", "videos") if (self.run_dir / name).exists()}
@@ -788,7 +804,9 @@ def train(args: Args) -> Result:
         envs = stack.enter_context(contextlib.closing(make_envs(args, args.num_envs)))
         if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ()):
             raise UsageError(f"{flag(args, 'capture_video')}: {args.env_id} does not render to rgb_array; leave it out")
-        eval_envs = stack.enter_context(contextlib.closing(make_envs(args, min(args.eval_episodes, 20), capped=True)))
+        # One environment an episode, where that does not mean as many processes.
+        count = min(args.eval_episodes, FINAL_EPISODES if args.vectorization != "async" else args.num_envs)
+        eval_envs = stack.enter_context(contextlib.closing(make_envs(args, count, capped=True)))
         learner = Learner(args, envs, device)
         if learner.parameters.numel() * args.batch_size < 2**24:  # too little work for one core to share it
             stack.callback(torch.set_num_threads, torch.get_num_threads())

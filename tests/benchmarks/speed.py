@@ -61,9 +61,9 @@ def run(*command: str) -> tuple[str, float]:
         return done.stdout, time.perf_counter() - start
 
 
-def ours(*flags: str) -> float:
+def ours(*flags: object) -> float:
     """Steps per second that dqn.py reports of its training."""
-    out, _ = run(str(ROOT / "dqn.py"), *flags)
+    out, _ = run(str(ROOT / "dqn.py"), *map(str, flags))
     return float(re.search(r"training at ([\d,]+) steps/s", out)[1].replace(",", ""))
 
 
@@ -82,7 +82,7 @@ def main(options: Options) -> None:
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, one thread each\n")
     print("| CartPole-v1, CleanRL's setting | dqn.py | Stable-Baselines3 | ratio (lowest–highest) |\n|-|-|-|-|")
     for label, num_envs, sb3_envs in (("1 environment", 1, 1), ("8 environments", 8, 8), ("8 against 1", 8, 1)):
-        side_by_side(label, "steps/s", lambda n=num_envs: ours(*CLEANRL, "--total-timesteps", steps, "--num-envs", str(n)),
+        side_by_side(label, "steps/s", lambda n=num_envs: ours(*CLEANRL, "--total-timesteps", steps, "--num-envs", n),
                      lambda n=sb3_envs: float(run(SB3, steps, str(n))[0]), repeats)
     if options.whole:
         side_by_side("whole process: default run against 500k steps", "s", lambda: run(str(ROOT / "dqn.py"))[1],
