@@ -80,8 +80,17 @@ def test_samples_are_uniform_over_all_held_transitions(num_envs, passes):
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5  # mean and deviation of the distribution
 
 
+@pytest.mark.parametrize(("num_envs", "held"), [(1, 100), (8, 104), (100, 200)])
+def test_a_full_buffer_holds_its_capacity_in_whole_rows_and_two_at_least(num_envs, held):
+    buffer = ReplayBuffer(100, num_envs, Coded.observation_space, 4)
+    buffer.reset(np.zeros((num_envs, 3)))
+    for _ in range(250):
+        buffer.add(*np.zeros((4, num_envs), bool), np.zeros((num_envs, 3)))
+    assert len(np.unique(buffer.draw(20_000, np.random.default_rng(0)))) == held
+
+
 def test_the_action_of_a_transition_is_kept():
-    envs, buffer = gym.vector.SyncVectorEnv([lambda: Coded(0)]), None
+    envs = gym.vector.SyncVectorEnv([lambda: Coded(0)])
     buffer = ReplayBuffer(100, 1, envs.single_observation_space, 4)
     buffer.reset(envs.reset()[0])
     taken = {}

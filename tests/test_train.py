@@ -85,12 +85,13 @@ def test_the_log_holds_every_tag(in_tmp):
 
 
 def test_logged_returns_and_lengths_are_those_of_the_episodes(in_tmp):
-    log = read_log(train(Args(**SHORT, num_envs=3, env_id="MountainCar-v0")).run_dir)
+    settings = SHORT | dict(num_envs=3, env_id="MountainCar-v0", total_timesteps=2000, learning_starts=1900)
+    log = read_log(train(Args(**settings)).run_dir)
     returns, lengths = (log.Scalars(f"charts/episodic_{name}") for name in ("return", "length"))
     # each step costs 1 and the limit is 200; the reset step is no step, so episodes end after 200, 401, …
     assert [event.value for event in returns] == [-200.0] * len(returns)
     assert [event.value for event in lengths] == [200.0] * len(lengths)
-    assert [event.step for event in returns] == [600] * 3
+    assert [event.step for event in returns] == [600] * 3 + [1203] * 3 + [1806] * 3
 
 
 def test_the_model_file_rebuilds_the_best_network(in_tmp):
