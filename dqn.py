@@ -43,6 +43,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
@@ -188,6 +189,7 @@ RELATIONS = (
     ("end_e", "start_e", "must not be above", lambda end, start: end <= start),
     ("buffer_size", "batch_size", "must be at least", lambda buffer, batch: buffer >= batch),
     ("buffer_size", "num_envs", "must be at least", lambda buffer, envs: buffer >= envs),
+    ("n_step", "buffer_size", "must not be above", lambda steps, buffer: steps <= buffer),
     ("learning_starts", "total_timesteps", "would never learn; must be below", lambda start, end: start < end),
 )
 
@@ -204,7 +206,8 @@ def validate(args: Args) -> None:
         for name in names:
             if not holds(getattr(args, name)):
                 raise UsageError(f"{flag(args, name)}: {right}")
-    if args.track and importlib.util.find_spec("wandb") is None:
+    wandb = importlib.util.find_spec("wandb") if args.track else None
+    if args.track and (wandb is None or wandb.origin is None):  # without origin: a mere folder of that name
         raise UsageError("--track: wandb is not installed; pip install wandb")
     for name, other, right, holds in RELATIONS:
         if not holds(getattr(args, name), getattr(args, other)):
@@ -219,23 +222,21 @@ def derive_seed(seed: int, *path: int) -> int:
 TRAIN_ENVS, EVAL_ENVS, NETWORK, REPLAY, ACTIONS, PROBE, VIDEO = range(7)  # the purposes
 
 
-def make_envs(args: Args, num_envs: int, capped: bool = False, video_dir: Path | None = None) -> gym.vector.VectorEnv:
+def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
     """Create `num_envs` environments that step together: observations (N, *shape), actions (N,).
 
-    Spaces other than Box pass through Gymnasium's FlattenObservation. `capped` adds the time limit of evaluations;
-    with `video_dir` every episode is recorded there.
+    Spaces other than Box pass through Gymnasium's FlattenObservation. With `video_dir` every episode is recorded.
 
-    Raises:
-        UsageError: the id is unknown, something it needs is not installed, or it is nothing that DQN can learn.
+    Raises UsageError where the id is unknown, something is not installed, or DQN cannot learn the environment.
     """
     module, _, env_id = args.env_id.rpartition(":")
-    named = flag(args, "env_id")
+    named, spaces = flag(args, "env_id"), gym.spaces
     try:
         if module or env_id.startswith("ALE/"):
             importlib.import_module(module or "ale_py")  # registers its environments
         spec = gym.spec(env_id)
-    except ImportError as error:
-        raise UsageError(f"{named}: {error}; install the package that provides it") from None
+    except (ImportError, TypeError) as error:
+        raise UsageError(f"{named}: {error}; name a module that is installed") from None
     except gym.error.Error as error:
         near = difflib.get_close_matches(env_id, gym.registry, n=1)
         reason = f"did you mean {':'.join(filter(None, (module, near[0])))}?" if near else str(error)
@@ -244,38 +245,33 @@ def make_envs(args: Args, num_envs: int, capped: bool = False, video_dir: Path |
     def wrap(env: gym.Env) -> gym.Env:
         if video_dir is not None:
             env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: True)
-        return env if isinstance(env.observation_space, gym.spaces.Box) else gym.wrappers.FlattenObservation(env)
+        return env if isinstance(env.observation_space, spaces.Box) else gym.wrappers.FlattenObservation(env)
 
-    mode = args.vectorization
-    if video_dir is not None:
-        mode = "sync"
-    elif mode == "auto":
-        mode = "native" if spec.vector_entry_point is not None and num_envs >= NATIVE_FROM else "sync"
-    if mode == "native" and spec.vector_entry_point is None:
+    native = spec.vector_entry_point
+    mode = args.vectorization if video_dir is None else "sync"
+    if mode == "auto":  # another package's own version may be another environment, with other observations
+        mode = "native" if str(native).startswith("gymnasium.") and num_envs >= NATIVE_FROM else "sync"
+    if mode == "native" and native is None:
         raise UsageError(f"{flag(args, 'vectorization')}: {env_id} has no vectorised version; use sync, async or auto")
-
-    limits = {}
-    if capped and (spec.max_episode_steps is None or spec.max_episode_steps > args.eval_max_steps):
-        limits["max_episode_steps"] = args.eval_max_steps
     try:
         if mode == "native":
-            envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **limits)
-            if not isinstance(envs.single_observation_space, gym.spaces.Box):
+            envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
+            if not isinstance(envs.single_observation_space, spaces.Box):
                 envs = gym.wrappers.vector.FlattenObservation(envs)
         else:
-            render_mode = None if video_dir is None else "rgb_array"
+            settings = {} if video_dir is None else {"render_mode": "rgb_array"}
             # The replay buffer copies what it is given, so the environments need not.
             envs = gym.make_vec(env_id, num_envs, vectorization_mode=mode, vector_kwargs={"copy": False},
-                                wrappers=[wrap], render_mode=render_mode, disable_env_checker=True, **limits)
+                                wrappers=[wrap], disable_env_checker=True, **settings)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         raise UsageError(f"{named}: {' '.join(str(error).split())}; install what is missing") from None
 
     actions, observations = envs.single_action_space, envs.single_observation_space
     autoreset = envs.metadata.get("autoreset_mode")
     fault = None
-    if not isinstance(actions, gym.spaces.Discrete):
+    if not isinstance(actions, spaces.Discrete):
         fault = f"DQN needs a Discrete action space, this one is {actions}"
-    elif not isinstance(observations, gym.spaces.Box):
+    elif not isinstance(observations, spaces.Box):
         fault = f"observations {observations} cannot be flattened to numbers"
     elif autoreset != gym.vector.AutoresetMode.NEXT_STEP:
         fault = f"resets itself in mode {autoreset}; only AutoresetMode.NEXT_STEP keeps the stream of transitions whole"
@@ -356,6 +352,19 @@ class Batch(NamedTuple):
     discounts: Tensor  # (B,) gamma^m, or 0 where the episode terminated
 
 
+def available_memory() -> float:
+    """Bytes of main memory that this process can still take, infinite where the system does not tell."""
+    limits = [math.inf]
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, IndexError):
+        limits.append(int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(limits)
+
+
 class ReplayBuffer:
     """The last `capacity` transitions, kept as the stream of time steps they came in.
 
@@ -364,6 +373,8 @@ class ReplayBuffer:
     resets the environment: such reset steps stay in the stream and are never sampled. The newest row is an observation
     whose step is still to come. Arrays are flat, slot = row * N + environment. They are NumPy's because on a CPU an
     operation on a batch of indices costs PyTorch several times as much.
+
+    Raises UsageError before anything is allocated if memory does not suffice.
     """
 
     def __init__(self, capacity: int, num_envs: int, observation_space: gym.spaces.Box, num_actions: int,
@@ -371,38 +382,27 @@ class ReplayBuffer:
         # Two rows of steps at least: after a reset step comes a real one, so there is always something to sample.
         self.num_envs, self.num_rows = num_envs, max(math.ceil(capacity / num_envs), 2) + 1
         self.num_slots, self.device = self.num_rows * num_envs, device
-        observation, action, reward, *flags = self.dtypes(observation_space, num_actions)
+        floating = np.issubdtype(observation_space.dtype, np.floating)
+        observation = np.dtype(np.float32 if floating else observation_space.dtype)  # of all dtypes only floats change
+        action = np.min_scalar_type(num_actions - 1)
+        slot_bytes = observation.itemsize * math.prod(observation_space.shape) + action.itemsize + 4 + 1 + 1
+        needed, free = self.num_slots * slot_bytes, available_memory()
+        if needed > free:
+            raise UsageError(f"--buffer-size {capacity}: the replay buffer needs {needed / 2**30:,.1f} GiB, "
+                             f"{free / 2**30:,.1f} GiB are free; must be below {int(free / slot_bytes):,}")
         self.observations = np.zeros((self.num_slots, *observation_space.shape), observation)
-        self.actions, self.rewards = np.zeros(self.num_slots, action), np.zeros(self.num_slots, reward)
-        self.terminated, self.ended = (np.zeros(self.num_slots, flag) for flag in flags)  # ended: or truncated
+        self.actions, self.rewards = np.zeros(self.num_slots, action), np.zeros(self.num_slots, np.float32)
+        self.terminated, self.ended = np.zeros((2, self.num_slots), bool)  # ended: terminated or truncated
         self.row = 0  # of the newest observations
         self.filled = 0  # rows of complete steps, those just before `row`
         self.steps = np.arange(n_step)[:, None]  # (n, 1)
         self.strides = self.steps * num_envs
         self.powers = (gamma ** np.arange(n_step + 1)).astype(np.float32)  # (n + 1,)
 
-    @staticmethod
-    def dtypes(observation_space: gym.spaces.Box, num_actions: int) -> tuple[np.dtype, ...]:
-        """Dtypes of observations (floats become float32), actions, rewards and the two flags."""
-        floating = np.issubdtype(observation_space.dtype, np.floating)
-        names = (np.float32 if floating else observation_space.dtype, np.min_scalar_type(num_actions - 1),
-                 np.float32, np.bool_, np.bool_)
-        return tuple(map(np.dtype, names))
-
-    @classmethod
-    def bytes_needed(cls, capacity: int, observation_space: gym.spaces.Box, num_actions: int) -> int:
-        """Memory of a buffer of that capacity."""
-        observation, *rest = (dtype.itemsize for dtype in cls.dtypes(observation_space, num_actions))
-        return capacity * (observation * math.prod(observation_space.shape) + sum(rest))
-
-    def row_slots(self) -> slice:
-        """The slots of the newest row."""
-        return slice(self.row * self.num_envs, (self.row + 1) * self.num_envs)
-
     @property
     def newest(self) -> np.ndarray:
         """The newest observations (N, *shape): those to act on."""
-        return self.observations[self.row_slots()]
+        return self.observations[self.row * self.num_envs :][: self.num_envs]
 
     def reset(self, observations: np.ndarray) -> None:
         """Begin the stream with the first observations (N, *shape) of N episodes."""
@@ -411,7 +411,7 @@ class ReplayBuffer:
     def add(self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray,
             next_observations: np.ndarray) -> None:
         """Append what the step from the newest observations brought, (N,) each, and the observations it led to."""
-        here = self.row_slots()
+        here = slice(self.row * self.num_envs, (self.row + 1) * self.num_envs)
         self.actions[here], self.rewards[here] = actions, rewards
         self.terminated[here], self.ended[here] = terminated, terminated | truncated
         self.row = (self.row + 1) % self.num_rows
@@ -453,19 +453,6 @@ class ReplayBuffer:
         return Batch(*(torch.from_numpy(array).to(self.device) for array in arrays))
 
 
-def available_memory() -> float:
-    """Bytes of main memory that this process can still take, infinite where the system does not tell."""
-    limits = [math.inf]
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with contextlib.suppress(OSError, IndexError):
-        limits.append(int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(limits)
-
-
 def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
     """The value at `step` of a line that goes from `start` to `end` in `duration` steps and then stays."""
     return end if step >= duration else start + (end - start) * step / duration
@@ -476,10 +463,12 @@ def due(frequency: int, step: int, stride: int = 1) -> bool:
     return frequency > 0 and step % frequency < stride
 
 
+@torch.no_grad()
 def td_target(batch: Batch, q_network: nn.Module, target_network: nn.Module, double_q: bool = False) -> Tensor:
     """What Q(s, a) should be, (B,): rewards + discounts * max_a' Q_target(s', a') (Mnih, equation 2 onwards).
 
-    Double DQN lets the online network choose a' and the target network rate it (van Hasselt, equation 4).
+    Double DQN lets the online network choose a' and the target network rate it (van Hasselt, equation 4). No gradient
+    flows through the target.
     """
     next_q = target_network(batch.next_observations)  # (B, actions)
     if double_q:
@@ -503,11 +492,6 @@ class Learner:
     def __init__(self, args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> None:
         self.args, self.device = args, device
         space, self.num_actions = envs.single_observation_space, int(envs.single_action_space.n)
-        needed, available = ReplayBuffer.bytes_needed(args.buffer_size, space, self.num_actions), available_memory()
-        if needed > available:
-            size = f"needs {needed / 2**30:,.1f} GiB and {available / 2**30:,.1f} GiB are free"
-            most = int(args.buffer_size * available / needed)
-            raise UsageError(f"{flag(args, 'buffer_size')}: the replay buffer {size}; must be at most {most:,}")
         self.replay = ReplayBuffer(args.buffer_size, args.num_envs, space, self.num_actions, args.n_step, args.gamma,
                                    device)
         with torch.random.fork_rng(devices=[]):  # PyTorch initialises layers from its global generator only
@@ -534,15 +518,10 @@ class Learner:
             actions = np.where(greedy, q_values.argmax(1).cpu().numpy(), actions)
         return actions
 
-    def td_target(self, batch: Batch) -> Tensor:
-        """The TD targets (B,) of a batch under the run's settings; no gradient flows through them."""
-        with torch.no_grad():
-            return td_target(batch, self.q_network, self.target_network, self.args.double_q)
-
     def gradient_step(self, learning_rate: float) -> None:
         """One step of Adam on the loss between Q(s, a) and the TD targets of a batch."""
         batch = self.replay.sample(self.args.batch_size, self.replay_rng)
-        targets = self.td_target(batch)
+        targets = td_target(batch, self.q_network, self.target_network, self.args.double_q)
         q_values = self.q_network(batch.observations).gather(1, batch.actions[:, None])  # (B, 1)
         loss = LOSSES[self.args.loss](q_values, targets[:, None])
         gradient = self.parameters.grad.zero_()
@@ -562,7 +541,8 @@ class Learner:
         lag = (self.parameters.detach() - self.target_parameters).norm() / self.parameters.detach().norm()
         values = {"losses/td_loss": self.loss, "losses/q_values": self.q_values.mean(),
                   "losses/grad_norm": self.parameters.grad.norm(), "target/lag": lag}
-        targets, self.probe_targets = self.probe_targets, self.td_target(self.probe)
+        targets = self.probe_targets
+        self.probe_targets = td_target(self.probe, self.q_network, self.target_network, self.args.double_q)
         if targets is not None:
             values["target/drift"] = (self.probe_targets - targets).abs().mean()
         return {tag: value.item() for tag, value in values.items()}
@@ -576,37 +556,40 @@ class Evaluation(NamedTuple):
     q_bias: np.ndarray  # max_a Q(s_0, a) minus the discounted return that followed
 
 
+@torch.no_grad()
 def evaluate(q_network: nn.Module, envs: gym.vector.VectorEnv, episodes: int, seed: int, gamma: float = 1.0,
-             interrupted: Sequence[int] = ()) -> Evaluation | None:
-    """Play greedy episodes; None if `interrupted` fills up meanwhile.
+             max_steps: int = 10_000, interrupted: Sequence[int] = ()) -> Evaluation | None:
+    """Play greedy episodes, cut after `max_steps`; None if `interrupted` fills up meanwhile.
 
-    Each environment plays a share fixed beforehand: to take whichever episodes end first would favour short ones.
+    They are played in rounds of one episode for each environment: to take whichever episodes end first would favour
+    short ones.
     """
-    device = next(q_network.parameters()).device
-    left = np.array([len(share) for share in np.array_split(np.arange(episodes), envs.num_envs)])
-    returns, discounted, lengths, start_values = np.zeros((4, envs.num_envs))
-    starts, ended = left >= 0, left < 0  # all at an episode's start, none at its end
-    played = []
-    observations, _ = envs.reset(seed=seed)
-    while left.any():
-        if interrupted:
-            return None
-        with torch.no_grad():
+    device, rounds = next(q_network.parameters()).device, []
+    for played in range(0, episodes, envs.num_envs):
+        running = np.arange(envs.num_envs) < episodes - played
+        wanted, start_values = running.copy(), None
+        returns, discounted, lengths = np.zeros((3, envs.num_envs))
+        observations, _ = envs.reset(seed=seed + played)
+        for step in range(max_steps):
+            if interrupted:
+                return None
             values, actions = q_network(torch.as_tensor(observations).to(device)).max(1)
-        start_values = np.where(starts, values.cpu().numpy(), start_values)
-        actions = actions.cpu().numpy() + envs.single_action_space.start
-        observations, rewards, terminated, truncated, _ = envs.step(actions)
-        returns += rewards
-        discounted += gamma**lengths * rewards
-        lengths += 1
-        returns[ended] = discounted[ended] = lengths[ended] = 0  # there the step was a reset
-        starts, ended = ended, terminated | truncated
-        for i in np.flatnonzero(ended & (left > 0)):
-            left[i] -= 1
-            played.append((returns[i], lengths[i], start_values[i] - discounted[i]))
-    return Evaluation(*np.array(played).T)
+            if start_values is None:
+                start_values = values.cpu().numpy()
+            actions = actions.cpu().numpy() + envs.single_action_space.start
+            observations, rewards, terminated, truncated, _ = envs.step(actions)
+            rewards = np.where(running, rewards, 0.0)
+            returns += rewards
+            discounted += gamma**step * rewards
+            lengths += running
+            running &= ~(terminated | truncated)
+            if not running.any():
+                break
+        rounds.append(np.stack((returns, lengths, start_values - discounted))[:, wanted])
+    return Evaluation(*np.concatenate(rounds, axis=1))
 
 
+EPISODE_TAGS = ("charts/episodic_return", "charts/episodic_length")
 # TensorBoard's custom-scalars page: title -> tags drawn in one chart
 CHARTS = {
     "return": ["charts/episodic_return", "eval/episodic_return"],
@@ -628,8 +611,13 @@ class Report:
         settings = dataclasses.asdict(args)
         if args.track:
             wandb = importlib.import_module("wandb")
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, dir=str(run_dir),
-                       config=settings, sync_tensorboard=True)
+            try:
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name,
+                           config=settings, sync_tensorboard=True)
+            except Exception as error:
+                run_dir.rmdir()
+                reason = " ".join(str(error).split())
+                raise UsageError(f"--track: {reason}; log in to wandb or set WANDB_MODE=offline") from None
         self.args, self.run_dir = args, run_dir
         self.writer = SummaryWriter(str(run_dir), flush_secs=10)
         rows = "".join(f"|{name}|{value}|\n" for name, value in settings.items())
@@ -653,13 +641,8 @@ class Report:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log values by TensorBoard tag."""
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
-
-    def episode(self, step: int, episodic_return: float, length: int) -> None:
-        """Log a training episode that ended."""
-        self.recent.append(episodic_return)
-        self.scalars(step, {"charts/episodic_return": episodic_return, "charts/episodic_length": length})
+        entries = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self.writer.file_writer.add_summary(Summary(value=entries), step)  # one event for all costs half of add_scalar
 
     def steps_per_second(self, step: int) -> float:
         """Speed since the start, evaluations not counted."""
@@ -681,8 +664,9 @@ class Report:
                  interrupted: Sequence[int]) -> Evaluation | None:
         """Evaluate, log, and keep the network if none was better."""
         began, seed = time.perf_counter(), derive_seed(self.args.seed, EVAL_ENVS, step)
-        result = evaluate(network, envs, episodes, seed, self.args.gamma, interrupted)
+        result = evaluate(network, envs, episodes, seed, self.args.gamma, self.args.eval_max_steps, interrupted)
         if result is not None:
+            check_finite(step, FAULTY, evaluation=result.returns)
             mean, length, q_bias = (float(values.mean()) for values in result)
             self.scalars(step, {"eval/episodic_return": mean, "eval/episodic_length": length, "eval/q_bias": q_bias})
             self.writer.flush()
@@ -692,19 +676,20 @@ class Report:
             if mean >= self.best_return:
                 self.best_step, self.best_return, self.best_network = step, mean, copy.deepcopy(network)
                 if self.args.save_model:
-                    save_model(self.run_dir / "model.pt", self.args, network)
+                    partial = self.run_dir / "model.tmp"
+                    torch.save({"args": dataclasses.asdict(self.args), "q_network": network.state_dict()}, partial)
+                    partial.replace(self.run_dir / "model.pt")  # so that the file is always whole
         self.paused += time.perf_counter() - began
         return result
 
     def verdict(self, step: int, speed: float, final: Evaluation | None) -> None:
         """Print how the run ended; `final` are the greedy episodes at the end, None after an interrupt."""
-        words = {"steps": f"{step:,} in {time.perf_counter() - self.started:,.1f} s, training at {speed:,.0f} steps/s"}
-        if final is None:
-            words["interrupted"] = "so no greedy episodes at the end"
-        else:
+        words = {"steps": f"{step:,} in {time.perf_counter() - self.started:,.1f} s, training at {speed:,.0f} steps/s",
+                 "interrupted": "so no greedy episodes at the end"}
+        if final is not None:
             mean, spread, low, high = (getattr(final.returns, name)() for name in ("mean", "std", "min", "max"))
-            episodes = f"{len(final.returns)} greedy episodes"
-            words["final return"] = f"{mean:.1f} ± {spread:.1f}, from {low:.1f} to {high:.1f}, over {episodes}"
+            text = f"{mean:.1f} ± {spread:.1f}, from {low:.1f} to {high:.1f}, over {FINAL_EPISODES} greedy episodes"
+            words = {"steps": words["steps"], "final return": text}
         if self.evaluations:
             words["best return"] = f"{self.best_return:.1f}, evaluated at step {self.best_step:,}"
         words |= {name: self.run_dir / name for name in ("model.pt", "videos") if (self.run_dir / name).exists()}
@@ -718,44 +703,37 @@ def describe(args: Args) -> str:
     lines = []
     for section in SECTIONS:
         names = (field.name for field in dataclasses.fields(section))
-        words = (flag(args, name)[2:] + "*" * ((name, getattr(args, name)) in tuned.items()) for name in names)
-        text = f"{section.__name__.lower():14}{', '.join(words)}"
-        lines += textwrap.wrap(text, 110, subsequent_indent=" " * 14, break_on_hyphens=False)
+        words = ", ".join(flag(args, n)[2:] + "*" * ((n, getattr(args, n)) in tuned.items()) for n in names)
+        lines.append(textwrap.fill(f"{section.__name__.lower():14}{words}", 110, subsequent_indent=" " * 14,
+                                   break_on_hyphens=False))
     return "\n".join(lines)
 
 
 def create_run_dir(args: Args) -> Path:
-    """Make a new folder under runs/, its own even if another run starts in the same second.
-
-    Raises:
-        UsageError: runs/ cannot be written to.
-    """
+    """Make a folder under runs/, its own even if another run starts in this second; UsageError if that fails."""
     name = re.sub(r"[^\w.=+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    runs = Path("runs").absolute()
     try:
-        runs.mkdir(exist_ok=True)
-        for attempt in itertools.count(1):
-            run_dir = Path("runs", name if attempt == 1 else f"{name}_{attempt}")
+        Path("runs").mkdir(exist_ok=True)
+        for suffix in itertools.chain([""], map("_{}".format, itertools.count(2))):
             with contextlib.suppress(FileExistsError):
-                run_dir.mkdir()
+                (run_dir := Path("runs", name + suffix)).mkdir()
                 return run_dir
     except OSError as error:
-        raise UsageError(f"cannot write to {runs}: {error.strerror}; start where runs/ can be written") from None
-
-
-def save_model(path: Path, args: Args, network: QNetwork) -> None:
-    """Write a network and the settings that rebuild it, whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    torch.save({"args": dataclasses.asdict(args), "q_network": network.state_dict()}, partial)
-    partial.replace(path)
+        place = Path("runs").absolute()
+        raise UsageError(f"cannot write to {place}: {error.strerror}; start where runs/ can be written") from None
 
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list, so that a run can end in order; a second one ends it at once."""
     received: list[int] = []
+    owner = os.getpid()
 
     def receive(signum: int, frame: Any) -> None:
+        if os.getpid() != owner:  # an environment's process: ends with ours, or when it is told to
+            if signum == signal.SIGTERM:
+                raise SystemExit
+            return
         if received:
             raise KeyboardInterrupt
         received.append(signum)
@@ -767,6 +745,9 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+FAULTY = "the environment returned NaN, infinity or more than a float32 holds"
 
 
 def check_finite(step: int, reason: str, **values: np.ndarray | float) -> None:
@@ -801,12 +782,14 @@ def train(args: Args) -> Result:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(caught_signals())
-        envs = stack.enter_context(contextlib.closing(make_envs(args, args.num_envs)))
+        envs = make_envs(args, args.num_envs)
+        stack.callback(envs.close, timeout=5)  # seconds for processes that hang
         if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ()):
             raise UsageError(f"{flag(args, 'capture_video')}: {args.env_id} does not render to rgb_array; leave it out")
         # One environment an episode, where that does not mean as many processes.
         count = min(args.eval_episodes, FINAL_EPISODES if args.vectorization != "async" else args.num_envs)
-        eval_envs = stack.enter_context(contextlib.closing(make_envs(args, count, capped=True)))
+        eval_envs = make_envs(args, count)
+        stack.callback(eval_envs.close, timeout=5)
         learner = Learner(args, envs, device)
         if learner.parameters.numel() * args.batch_size < 2**24:  # too little work for one core to share it
             stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -816,10 +799,9 @@ def train(args: Args) -> Result:
         report = stack.enter_context(contextlib.closing(Report(args, run_dir)))
 
         global_step, learning_rate, first_action = 0, args.learning_rate, envs.single_action_space.start
-        faulty = "the environment returned NaN or infinity"
         observations, _ = envs.reset(seed=derive_seed(args.seed, TRAIN_ENVS))
-        check_finite(global_step, faulty, observations=observations)
         learner.replay.reset(observations)
+        check_finite(global_step, FAULTY, observations=learner.replay.newest)
         returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
         ended = np.zeros(args.num_envs, bool)
         while global_step < args.total_timesteps and not interrupted:
@@ -828,8 +810,9 @@ def train(args: Args) -> Result:
             actions = learner.act(learner.replay.newest, epsilon)
             observations, rewards, terminated, truncated, _ = envs.step(actions + first_action)
             global_step += args.num_envs
-            check_finite(global_step, faulty, observations=observations, rewards=rewards)
+            rewards = np.asarray(rewards, np.float32)
             learner.replay.add(actions, rewards, terminated, truncated, observations)
+            check_finite(global_step, FAULTY, observations=learner.replay.newest, rewards=rewards)
             report.bar.update(args.num_envs)
 
             returns += rewards
@@ -837,7 +820,8 @@ def train(args: Args) -> Result:
             returns[ended] = lengths[ended] = 0  # there the step was a reset
             ended = terminated | truncated
             for i in np.flatnonzero(ended):
-                report.episode(global_step, returns[i], lengths[i])
+                report.recent.append(returns[i])
+                report.scalars(global_step, dict(zip(EPISODE_TAGS, (returns[i], lengths[i]), strict=True)))
 
             # The steps of this pass one by one, so that learning keeps its ratio to acting, and its order, for any N.
             for step in range(global_step - args.num_envs + 1, global_step + 1):
@@ -863,9 +847,10 @@ def train(args: Args) -> Result:
         report.bar.close()
         final = report.evaluate(global_step, learner.q_network, eval_envs, FINAL_EPISODES, interrupted)
         if args.capture_video and final is not None:
-            with contextlib.closing(make_envs(args, 1, capped=True, video_dir=run_dir / "videos")) as video_envs:
+            with contextlib.closing(make_envs(args, 1, run_dir / "videos")) as video_envs:
                 seed = derive_seed(args.seed, VIDEO)
-                evaluate(report.best_network, video_envs, VIDEO_EPISODES, seed, interrupted=interrupted)
+                evaluate(report.best_network, video_envs, VIDEO_EPISODES, seed, args.gamma, args.eval_max_steps,
+                         interrupted)
         report.verdict(global_step, speed, final)
     if interrupted:
         raise KeyboardInterrupt if interrupted[0] == signal.SIGINT else SystemExit(128 + interrupted[0])
@@ -873,12 +858,7 @@ def train(args: Args) -> Result:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
-    """Settings from a command line.
-
-    Raises:
-        UsageError: an unknown flag, or a value of the wrong type.
-        SystemExit: --help was given and shown.
-    """
+    """Settings from a command line; UsageError for an unknown flag or a value of the wrong type."""
     sections = dataclasses.make_dataclass("Sections", [(s.__name__.lower(), s) for s in SECTIONS])
     complaint = io.StringIO()
     try:
@@ -892,10 +872,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     except SystemExit as end:
         if not end.code:
             raise
-        box = complaint.getvalue().split("───\n│ ──")[0]
-        lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+        plain = re.sub(r"\x1b\[[\d;]*m", "", complaint.getvalue())  # without colours
+        lines = [line.strip("│ ") for line in plain.splitlines() if line.startswith("│")]
         text = " ".join(itertools.takewhile(lambda line: not line.startswith("──"), lines))
-        raise UsageError(f"{text}; see --help") from None
+        raise UsageError(f"{text.rstrip(' .')}; see --help") from None
     return Args(**{name: value for section in vars(parsed).values() for name, value in vars(section).items()})
 
 

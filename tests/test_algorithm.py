@@ -144,11 +144,12 @@ def test_lag_and_drift_measure_the_target_network():
     assert first["target/lag"] == pytest.approx(distance.item())
     learner.gradient_step(1e-2)
     assert learner.diagnostics()["target/drift"] == 0.0  # the target has not moved
-    before = learner.td_target(learner.probe)
+    networks = learner.q_network, learner.target_network
+    before = td_target(learner.probe, *networks)
     sync_target(learner.target_parameters, learner.parameters.data, 1.0)
     after = learner.diagnostics()
     assert after["target/lag"] == 0.0
-    assert after["target/drift"] == pytest.approx((learner.td_target(learner.probe) - before).abs().mean().item())
+    assert after["target/drift"] == pytest.approx((td_target(learner.probe, *networks) - before).abs().mean().item())
     assert after["target/drift"] > 0
 
 

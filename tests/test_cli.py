@@ -1,14 +1,17 @@
 """The script as its users meet it: output, exit status, bad input, Ctrl-C, videos."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from moviepy import VideoFileClip
 
-from conftest import QUICK, read_log, start
+from conftest import ENVIRONMENT, QUICK, SCRIPT, read_log, start
 
 BAD_INPUT = {
     "unknown environment": ("--env-id CartPol-v1", "--env-id CartPol-v1.*CartPole-v1"),
@@ -57,6 +60,15 @@ def test_bad_input_is_answered_in_one_line(row, cli, tmp_path):
     assert line.startswith("dqn.py: error: ")
     assert re.search(expected, line), line
     assert not list(tmp_path.rglob("runs/*"))
+
+
+def test_bad_input_is_answered_in_one_line_at_a_terminal_too(tmp_path):
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, str(SCRIPT), "--loss", "l1"], cwd=tmp_path, env=ENVIRONMENT,
+                               stdin=theirs, stdout=theirs, stderr=theirs)
+    process.wait(timeout=60)
+    (line,) = os.read(ours, 10_000).decode().strip().splitlines()
+    assert re.search("dqn.py: error: .*--loss.*mse.*huber", line), line
 
 
 def test_a_place_where_runs_cannot_be_written_is_named(cli, tmp_path):
@@ -112,7 +124,7 @@ def test_values_that_are_not_finite_end_the_run_with_the_step(fault, name, cli, 
     assert process.returncode == 1
     (line,) = process.err.strip().splitlines()
     # 700 steps and the resets after 69 episodes of 10 steps
-    assert line == f"dqn.py: error: {name} not finite at step 769: the environment returned NaN or infinity"
+    assert line.startswith(f"dqn.py: error: {name} not finite at step 769: the environment returned NaN")
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert read_log(run_dir).Scalars("charts/episodic_return")
 

@@ -59,18 +59,9 @@ def test_a_discrete_observation_becomes_one_hot():
     assert envs.reset(seed=0)[0].tolist() == [[1] + [0] * 15] * 2
 
 
-def test_only_evaluation_cuts_episodes_that_have_no_limit_of_their_own():
-    args = Args(env_id="environments:Endless-v0", eval_max_steps=7)
-    for capped, length in ((True, 7), (False, None)):
-        envs = make_envs(args, 1, capped=capped)
-        envs.reset(seed=0)
-        ends = [envs.step(np.array([5]))[3][0] for _ in range(50)]
-        assert (ends.index(True) + 1 if True in ends else None) == length
-
-
-def test_the_cap_never_lengthens_an_environments_own_limit():
-    envs = make_envs(Args(env_id="MountainCar-v0", eval_max_steps=10_000), 1, capped=True)
-    assert envs.envs[0].spec.max_episode_steps == 200
+def test_another_packages_native_version_is_only_taken_when_asked_for():
+    args = Args(env_id="ALE/Pong-v5")
+    assert kind(args, 8) == "SyncVectorEnv"  # ale-py's own is another environment: gray, 84 x 84, stacked
 
 
 @pytest.mark.parametrize("name", SPACES)

@@ -25,22 +25,24 @@ ROOT = Path(__file__).parents[2]
 SB3 = str(Path(__file__).with_name("sb3_dqn.py"))
 CLEANRL = "--no-tuned --env-id CartPole-v1 --eval-frequency 0".split()
 LOGGING = """
-import sys, time, dqn
-spent, names = [0.0], ("__init__", "episode", "progress", "close")
+import time, dqn
+spent, depth = 0.0, 0
 def timed(function):
     def wrapper(*arguments, **settings):
-        start = time.perf_counter()
+        global spent, depth
+        start, depth = time.perf_counter(), depth + 1
         try:
             return function(*arguments, **settings)
         finally:
-            spent[0] += time.perf_counter() - start
+            depth -= 1
+            spent += (depth == 0) * (time.perf_counter() - start)
     return wrapper
-for name in names:
+for name in ("__init__", "scalars", "progress", "close"):
     setattr(dqn.Report, name, timed(getattr(dqn.Report, name)))
 dqn.Learner.diagnostics = timed(dqn.Learner.diagnostics)
 start = time.perf_counter()
-dqn.train(dqn.Args(env_id="CartPole-v1"))
-print("logging", spent[0] / (time.perf_counter() - start))
+dqn.train(dqn.Args(env_id="CartPole-v1", **SETTINGS))
+print("logging", spent / (time.perf_counter() - start))
 """
 
 
@@ -89,10 +91,11 @@ def main(options: Options) -> None:
                      lambda: run(SB3, "500000", "1")[1], max(1, repeats // 2))
     print("\n| part of dqn.py | cost |\n|-|-|")
     print(f"| --help | {median(run(str(ROOT / 'dqn.py'), '--help')[1] for _ in range(repeats)):.2f} s |")
-    sys.path.insert(0, str(ROOT))
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})" + LOGGING
-    shares = [float(run("-c", code)[0].split("logging")[-1]) for _ in range(repeats)]
-    print(f"| logging, of the default run | {median(shares):.1%} |")
+    for label, settings in (("the default run", {}), ("CleanRL's setting", {"tuned": False, "eval_frequency": 0,
+                                                                            "total_timesteps": options.steps})):
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); SETTINGS = {settings}" + LOGGING
+        shares = [float(run("-c", code)[0].split("logging")[-1]) for _ in range(repeats)]
+        print(f"| logging, of {label} | {median(shares):.1%} |")
 
 
 if __name__ == "__main__":
