@@ -161,9 +161,9 @@ TUNED: dict[str, dict[str, Any]] = {
         exploration_fraction=0.2, eval_frequency=10_000,
     ),
     "MountainCar-v0": dict(
-        total_timesteps=120_000, num_envs=8, learning_rate=2e-3, anneal_lr=True, buffer_size=120_000,
-        learning_starts=1_000, train_frequency=4, n_step=3, target_network_frequency=200, layer_norm=True,
-        exploration_fraction=0.1, eval_frequency=10_000,
+        total_timesteps=120_000, num_envs=8, learning_rate=1e-3, anneal_lr=True, buffer_size=120_000,
+        learning_starts=2_000, train_frequency=4, n_step=20, layer_norm=True, exploration_fraction=0.3, end_e=0.1,
+        eval_frequency=10_000,
     ),
     "LunarLander-v3": dict(
         total_timesteps=200_000, num_envs=8, learning_rate=5e-4, anneal_lr=True, buffer_size=200_000,
