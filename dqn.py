@@ -235,7 +235,7 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.v
         if module or env_id.startswith("ALE/"):
             importlib.import_module(module or "ale_py")  # registers its environments
         spec = gym.spec(env_id)
-    except (ImportError, TypeError) as error:
+    except ImportError as error:
         raise UsageError(f"{named}: {error}; name a module that is installed") from None
     except gym.error.Error as error:
         near = difflib.get_close_matches(env_id, gym.registry, n=1)
@@ -424,8 +424,8 @@ class ReplayBuffer:
         slots = rng.integers(oldest, self.row * self.num_envs, size)
         # A reset step follows an ended one. For the oldest row, the newest row tells: until its own step is added, it
         # keeps the flags of the step that came before what is now the oldest.
-        while (is_reset := self.ended[slots - self.num_envs]).any():
-            slots[is_reset] = rng.integers(oldest, self.row * self.num_envs, np.count_nonzero(is_reset))
+        while resets := np.count_nonzero(is_reset := self.ended[slots - self.num_envs]):
+            slots[is_reset] = rng.integers(oldest, self.row * self.num_envs, resets)
         return slots
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
@@ -512,10 +512,10 @@ class Learner:
         coins, choices = self.actions_rng.random((2, len(observations)))
         actions = (choices * self.num_actions).astype(np.int64)
         greedy = coins >= epsilon
-        if greedy.any():
+        if np.count_nonzero(greedy):
             with torch.no_grad():
                 q_values = self.q_network(torch.from_numpy(observations).to(self.device))
-            actions = np.where(greedy, q_values.argmax(1).cpu().numpy(), actions)
+            actions = np.where(greedy, q_values.cpu().numpy().argmax(1), actions)
         return actions
 
     def gradient_step(self, learning_rate: float) -> None:
@@ -747,13 +747,13 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-FAULTY = "the environment returned NaN, infinity or more than a float32 holds"
+FAULTY = "the environment returned NaN or infinity"
 
 
 def check_finite(step: int, reason: str, **values: np.ndarray | float) -> None:
     """Raise TrainingError if one of the values is NaN or infinite."""
     for name, value in values.items():
-        if not np.isfinite(value).all():
+        if np.count_nonzero(np.isfinite(value)) < np.size(value):  # several times as fast as all()
             raise TrainingError(f"{name} not finite at step {step:,}: {reason}")
 
 
@@ -810,16 +810,16 @@ def train(args: Args) -> Result:
             actions = learner.act(learner.replay.newest, epsilon)
             observations, rewards, terminated, truncated, _ = envs.step(actions + first_action)
             global_step += args.num_envs
-            rewards = np.asarray(rewards, np.float32)
             learner.replay.add(actions, rewards, terminated, truncated, observations)
             check_finite(global_step, FAULTY, observations=learner.replay.newest, rewards=rewards)
             report.bar.update(args.num_envs)
 
             returns += rewards
             lengths += 1
-            returns[ended] = lengths[ended] = 0  # there the step was a reset
+            if np.count_nonzero(ended):
+                returns[ended] = lengths[ended] = 0  # there the step was a reset
             ended = terminated | truncated
-            for i in np.flatnonzero(ended):
+            for i in np.flatnonzero(ended) if np.count_nonzero(ended) else ():
                 report.recent.append(returns[i])
                 report.scalars(global_step, dict(zip(EPISODE_TAGS, (returns[i], lengths[i]), strict=True)))
 
