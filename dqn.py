@@ -663,7 +663,8 @@ class Report:
     def evaluate(self, step: int, network: QNetwork, envs: gym.vector.VectorEnv, episodes: int,
                  interrupted: Sequence[int]) -> Evaluation | None:
         """Evaluate, log, and keep the network if none was better."""
-        began, seed = time.perf_counter(), derive_seed(self.args.seed, EVAL_ENVS, step)
+        # Other episodes each time, so that the verdict does not replay those that a run was stopped for.
+        began, seed = time.perf_counter(), derive_seed(self.args.seed, EVAL_ENVS, len(self.evaluations))
         result = evaluate(network, envs, episodes, seed, self.args.gamma, self.args.eval_max_steps, interrupted)
         if result is not None:
             check_finite(step, FAULTY, evaluation=result.returns)

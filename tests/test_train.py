@@ -100,10 +100,9 @@ def test_the_model_file_rebuilds_the_best_network(in_tmp):
     assert (args.hidden_sizes, args.dueling, args.total_timesteps) == ((16,), True, 1200)
     network = QNetwork((4,), 2, args.hidden_sizes, args.dueling, args.layer_norm)
     network.load_state_dict(saved["q_network"])
-    step = max(step for step, mean in result.evaluations if mean == result.best_return)
-    episodes = 100 if step == 1200 else 2
-    again = dqn.evaluate(network, make_envs(args, 2), episodes,
-                         dqn.derive_seed(1, dqn.EVAL_ENVS, step))
+    number = max(i for i, (step, mean) in enumerate(result.evaluations) if mean == result.best_return)
+    episodes = 100 if number == 2 else 2
+    again = dqn.evaluate(network, make_envs(args, 2), episodes, dqn.derive_seed(1, dqn.EVAL_ENVS, number))
     assert again.returns.mean() == result.best_return
 
 
@@ -124,8 +123,13 @@ def test_no_save_model_writes_none(in_tmp):
     assert not (train(Args(**SHORT, save_model=False)).run_dir / "model.pt").exists()
 
 
-def test_the_run_ends_once_a_greedy_evaluation_reaches_the_stop_return(in_tmp):
+def test_the_run_ends_once_a_greedy_evaluation_reaches_the_stop_return(in_tmp, monkeypatch):
+    seeds = []
+    evaluate = dqn.evaluate
+    monkeypatch.setattr(dqn, "evaluate", lambda network, envs, episodes, seed, *rest: (
+        seeds.append(seed), evaluate(network, envs, episodes, seed, *rest))[1])
     assert train(Args(**SHORT, stop_return=5.0)).global_step == 500
+    assert len(set(seeds)) == 2, "the verdict plays other episodes than the evaluation that ended the run"
 
 
 def test_two_runs_of_one_second_do_not_share_a_folder(in_tmp, monkeypatch):
