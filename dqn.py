@@ -167,7 +167,7 @@ TUNED: dict[str, dict[str, Any]] = {
     ),
     "LunarLander-v3": dict(
         total_timesteps=200_000, num_envs=8, learning_rate=5e-4, anneal_lr=True, buffer_size=200_000,
-        learning_starts=5_000, train_frequency=2, n_step=3, double_q=True, hidden_sizes=(256, 256), layer_norm=True,
+        learning_starts=2_000, train_frequency=2, n_step=3, double_q=True, hidden_sizes=(256, 256), layer_norm=True,
         exploration_fraction=0.3, eval_frequency=20_000,
     ),
 }
