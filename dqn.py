@@ -754,7 +754,7 @@ FAULTY = "the environment returned NaN or infinity"
 def check_finite(step: int, reason: str, **values: np.ndarray | float) -> None:
     """Raise TrainingError if one of the values is NaN or infinite."""
     for name, value in values.items():
-        if np.count_nonzero(np.isfinite(value)) < np.size(value):  # several times as fast as all()
+        if np.count_nonzero(np.isfinite(value)) < np.size(value):  # half the time of all()
             raise TrainingError(f"{name} not finite at step {step:,}: {reason}")
 
 
