@@ -3,6 +3,8 @@
     python dqn.py --env-id CartPole-v1                      # train, evaluate, leave a run under runs/
     python dqn.py --env-id LunarLander-v3 --capture-video   # the same with an mp4 of greedy episodes
     python dqn.py --env-id CartPole-v1 --no-tuned           # plain DQN: one step, hard target, MSE
+    python dqn.py --resume runs/NAME                        # go on with a run that was stopped, to the bit
+    python dqn.py --evaluate runs/NAME                      # let its best network play
     tensorboard --logdir runs                               # look at it
 
 A Q-network learns Q(s, a), the discounted return of taking action a in state s and acting greedily from there on,
@@ -17,41 +19,59 @@ temporal differences" (n-step returns); Lillicrap et al. 2016, "Continuous contr
 (soft target updates); Pardo et al. 2018, "Time limits in reinforcement learning" (truncation is not termination).
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # a signal during the slow imports, or a second one later, ends the script without a word
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda number, frame: os._exit(128 + number))
+
 import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import importlib
 import importlib.util
 import io
 import itertools
 import math
-import os
+import multiprocessing
+import pickle
 import re
-import signal
+import shlex
+import shutil
+import socket
 import sys
 import textwrap
 import threading
 import time
-from collections import deque
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import IO, Any, Literal, NamedTuple, Self
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 from tqdm import tqdm
+
+with contextlib.suppress(ImportError):  # not on Windows, where a run folder goes without a lock
+    import fcntl
 
 FINAL_EPISODES = 100  # greedy episodes behind the verdict
 VIDEO_EPISODES = 3
+JOURNAL_PASSES = 10_000  # steps of each environment that a resumed run may have to repeat; tenfold for long episodes
+FORMAT = 1  # of checkpoint.pt and model.pt; a file with a higher one comes from a newer dqn.py
+CHECKPOINT, PREVIOUS, MODEL = "checkpoint.pt", "checkpoint.previous.pt", "model.pt"
 NATIVE_FROM = 5  # environments from which Gymnasium's vectorised CartPole outruns SyncVectorEnv (measured)
 
 
@@ -60,7 +80,7 @@ class UsageError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on: the environment or the loss stopped being finite."""
+    """A run that cannot go on, or left something unwritten."""
 
 
 @dataclass(kw_only=True)
@@ -122,6 +142,8 @@ class Reporting:
     eval_max_steps: int = 10_000  # steps after which a greedy episode is cut, should the environment have no limit
     stop_return: float = math.inf  # end the run once a greedy evaluation reaches this mean return
     log_frequency: int = 1_000  # steps between two entries of losses and diagnostics in TensorBoard
+    checkpoint_frequency: int = 10_000  # steps between two checkpoints, from which --resume goes on, 0 = none
+    checkpoint_replay: bool = True  # the replay buffer is part of them; without it a resumed run is not the same
     save_model: bool = True  # write model.pt: the best network by greedy evaluation, and these settings
     capture_video: bool = False  # record greedy episodes of the best network as mp4 at the end
     exp_name: str = Path(__file__).stem  # part of the run folder's name
@@ -133,7 +155,17 @@ class Reporting:
 
 
 @dataclass(kw_only=True)
-class Args(Reporting, Exploration, Network, Learning, Environment):
+class Existing:
+    """A run that exists: go on with it, or watch it. Its own settings hold."""
+
+    resume: str | None = None  # run folder to go on in, from its checkpoint
+    evaluate: str | None = None  # run folder whose network plays --eval-episodes, instead of training
+    which: Literal["best", "last"] = "best"  # the network that plays: model.pt's or the checkpoint's
+    render: bool = False  # show it in a window as it plays
+
+
+@dataclass(kw_only=True)
+class Args(Existing, Reporting, Exploration, Network, Learning, Environment):
     """All settings of a run. A value that is given wins, then TUNED for its env_id, then the plain default."""
 
     def __new__(cls, **given: Any) -> Self:
@@ -172,16 +204,26 @@ TUNED: dict[str, dict[str, Any]] = {
     ),
 }
 
+# What may be changed for a run that exists; anything else would be another experiment.
+OVERRIDES = {
+    "resume": ("resume", "total_timesteps", "checkpoint_frequency", "checkpoint_replay", "eval_frequency",
+               "eval_episodes", "eval_max_steps", "stop_return", "log_frequency", "save_model", "capture_video", "cuda",
+               "track", "wandb_project_name", "wandb_entity"),
+    "evaluate": ("evaluate", "which", "render", "seed", "eval_episodes", "eval_max_steps", "vectorization",
+                 "capture_video", "cuda"),
+}
+
 # (what is right, its test, the settings it holds for)
 LIMITS = (
     ("must be at least 1", lambda v: v >= 1,
      ("total_timesteps", "num_envs", "buffer_size", "batch_size", "train_frequency", "gradient_steps", "n_step",
       "target_network_frequency", "eval_episodes", "eval_max_steps", "log_frequency")),
-    ("must be 0 or more", lambda v: v >= 0, ("seed", "learning_starts", "eval_frequency", "max_grad_norm")),
+    ("must be 0 or more", lambda v: v >= 0,
+     ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency", "max_grad_norm")),
     ("must lie in [0, 1]", lambda v: 0 <= v <= 1, ("gamma", "start_e", "end_e", "exploration_fraction")),
     ("must lie in (0, 1]", lambda v: 0 < v <= 1, ("tau",)),
     ("must be a finite number above 0", lambda v: 0 < v < math.inf, ("learning_rate",)),
-    ("must be a number", lambda v: not math.isnan(v), ("stop_return",)),
+    ("must be a number above -inf", lambda v: v > -math.inf, ("stop_return",)),
     ("must all be at least 1", lambda v: all(size >= 1 for size in v), ("hidden_sizes",)),
 )
 # (the setting to change, the one it is held against, what is right, its test)
@@ -206,12 +248,19 @@ def validate(args: Args) -> None:
         for name in names:
             if not holds(getattr(args, name)):
                 raise UsageError(f"{flag(args, name)}: {right}")
-    wandb = importlib.util.find_spec("wandb") if args.track else None
-    if args.track and (wandb is None or wandb.origin is None):  # without origin: a mere folder of that name
-        raise UsageError("--track: wandb is not installed; pip install wandb")
     for name, other, right, holds in RELATIONS:
         if not holds(getattr(args, name), getattr(args, other)):
             raise UsageError(f"{flag(args, name)}: {right} {flag(args, other)}")
+    for name, module in (("track", "wandb"), ("capture_video", "moviepy")):
+        found = importlib.util.find_spec(module) if getattr(args, name) else True
+        if found is None or (found is not True and found.origin is None):  # without origin: a mere folder of that name
+            raise UsageError(f"{flag(args, name)}: {module} is not installed; pip install {module}")
+    blind = sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
+    for wrong, reason in ((args.evaluate is None, "shows a trained network; must come with --evaluate"),
+                          (args.capture_video, "cannot go with --capture-video; do one after the other"),
+                          (blind, "there is no display here; --capture-video makes an mp4 instead")):
+        if args.render and wrong:
+            raise UsageError(f"--render: {reason}")
 
 
 def derive_seed(seed: int, *path: int) -> int:
@@ -219,13 +268,14 @@ def derive_seed(seed: int, *path: int) -> int:
     return int(np.random.SeedSequence((seed, *path)).generate_state(1)[0] >> 1)
 
 
-TRAIN_ENVS, EVAL_ENVS, NETWORK, REPLAY, ACTIONS, PROBE, VIDEO = range(7)  # the purposes
+TRAIN_ENVS, EVAL_ENVS, NETWORK, REPLAY, ACTIONS, PROBE, VIDEO, PLAY = range(8)  # the purposes
 
 
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
+def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool = False) -> gym.vector.VectorEnv:
     """Create `num_envs` environments that step together: observations (N, *shape), actions (N,).
 
-    Spaces other than Box pass through Gymnasium's FlattenObservation. With `video_dir` every episode is recorded.
+    Spaces other than Box pass through Gymnasium's FlattenObservation. With `video`, the beginning of the files' names,
+    every episode is recorded; with `render` it is shown in a window.
 
     Raises UsageError where the id is unknown, something is not installed, or DQN cannot learn the environment.
     """
@@ -243,12 +293,16 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.v
         raise UsageError(f"{named}: no such environment; {reason}") from None
 
     def wrap(env: gym.Env) -> gym.Env:
-        if video_dir is not None:
-            env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: True)
+        if multiprocessing.parent_process():  # in a process of its own: a signal to all must not end it before us
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+        if video:
+            env = gym.wrappers.RecordVideo(env, str(video.parent), lambda episode: True, name_prefix=video.name)
         return env if isinstance(env.observation_space, spaces.Box) else gym.wrappers.FlattenObservation(env)
 
     native = spec.vector_entry_point
-    mode = args.vectorization if video_dir is None else "sync"
+    settings = {"render_mode": "human" if render else "rgb_array"} if render or video else {}
+    mode = "sync" if settings else args.vectorization
     if mode == "auto":  # another package's own version may be another environment, with other observations
         mode = "native" if str(native).startswith("gymnasium.") and num_envs >= NATIVE_FROM else "sync"
     if mode == "native" and native is None:
@@ -259,13 +313,16 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.v
             if not isinstance(envs.single_observation_space, spaces.Box):
                 envs = gym.wrappers.vector.FlattenObservation(envs)
         else:
-            settings = {} if video_dir is None else {"render_mode": "rgb_array"}
             # The replay buffer copies what it is given, so the environments need not.
             envs = gym.make_vec(env_id, num_envs, vectorization_mode=mode, vector_kwargs={"copy": False},
                                 wrappers=[wrap], disable_env_checker=True, **settings)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         raise UsageError(f"{named}: {' '.join(str(error).split())}; install what is missing") from None
 
+    if mode == "async":
+        envs.close = functools.partial(envs.close, timeout=2)  # seconds for a process that hangs
+        for process in envs.processes:
+            process.terminate = process.kill
     actions, observations = envs.single_action_space, envs.single_observation_space
     autoreset = envs.metadata.get("autoreset_mode")
     fault = None
@@ -328,6 +385,8 @@ class Adam:
     It takes half the time of torch.optim.Adam(fused=True), whose first step also imports PyTorch's compiler (1.4 s).
     """
 
+    STATE = ("steps", "mean", "square")
+
     def __init__(self, parameters: nn.Parameter, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         self.parameters, self.betas, self.eps, self.steps = parameters, betas, eps, 0
         self.mean, self.square = torch.zeros_like(parameters.data), torch.zeros_like(parameters.data)
@@ -377,10 +436,12 @@ class ReplayBuffer:
     Raises UsageError before anything is allocated if memory does not suffice.
     """
 
+    STATE = ("row", "filled", "observations", "actions", "rewards", "terminated", "ended")
+
     def __init__(self, capacity: int, num_envs: int, observation_space: gym.spaces.Box, num_actions: int,
                  n_step: int = 1, gamma: float = 0.99, device: torch.device | str = "cpu") -> None:
-        # Two rows of steps at least: after a reset step comes a real one, so there is always something to sample.
-        self.num_envs, self.num_rows = num_envs, max(math.ceil(capacity / num_envs), 2) + 1
+        # Three rows of steps at least: two resets can meet, then comes a real step, so there is always one to sample.
+        self.num_envs, self.num_rows = num_envs, max(math.ceil(capacity / num_envs), 3) + 1
         self.num_slots, self.device = self.num_rows * num_envs, device
         floating = np.issubdtype(observation_space.dtype, np.floating)
         observation = np.dtype(np.float32 if floating else observation_space.dtype)  # of all dtypes only floats change
@@ -404,9 +465,18 @@ class ReplayBuffer:
         """The newest observations (N, *shape): those to act on."""
         return self.observations[self.row * self.num_envs :][: self.num_envs]
 
+    def used(self, name: str) -> int:
+        """How many slots, from the first one on, hold something and are to be saved."""
+        return (self.filled + 1) * self.num_envs
+
     def reset(self, observations: np.ndarray) -> None:
-        """Begin the stream with the first observations (N, *shape) of N episodes."""
-        self.newest[...] = observations
+        """Begin N episodes with their first observations (N, *shape); those that were under way are truncated."""
+        if not self.filled:
+            self.newest[...] = observations
+            return
+        nothing = np.zeros(self.num_envs, bool)
+        self.ended[(self.row * self.num_envs + np.arange(-self.num_envs, 0)) % self.num_slots] = True
+        self.add(nothing, nothing, nothing, nothing, observations)  # a reset step
 
     def add(self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray,
             next_observations: np.ndarray) -> None:
@@ -489,6 +559,9 @@ def sync_target(target: Tensor, online: Tensor, tau: float) -> None:
 class Learner:
     """The two networks, the optimiser and the replay buffer: all that learning changes."""
 
+    STATE = ("parameters", "target_parameters", "gradient", "optimizer", "learning_rate", "learning_starts",
+             "actions_rng", "replay_rng", "loss", "q_values", "probe", "probe_targets")
+
     def __init__(self, args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> None:
         self.args, self.device = args, device
         space, self.num_actions = envs.single_observation_space, int(envs.single_action_space.n)
@@ -500,7 +573,9 @@ class Learner:
         self.q_network = network.to(device)
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
         self.parameters = flatten_parameters(self.q_network)
+        self.learning_rate, self.learning_starts = args.learning_rate, args.learning_starts
         self.target_parameters = flatten_parameters(self.target_network).detach()
+        self.gradient = self.parameters.grad
         self.optimizer = Adam(self.parameters)
         self.actions_rng = np.random.default_rng(derive_seed(args.seed, ACTIONS))
         self.replay_rng = np.random.default_rng(derive_seed(args.seed, REPLAY))
@@ -518,17 +593,17 @@ class Learner:
             actions = np.where(greedy, q_values.cpu().numpy().argmax(1), actions)
         return actions
 
-    def gradient_step(self, learning_rate: float) -> None:
+    def gradient_step(self) -> None:
         """One step of Adam on the loss between Q(s, a) and the TD targets of a batch."""
         batch = self.replay.sample(self.args.batch_size, self.replay_rng)
         targets = td_target(batch, self.q_network, self.target_network, self.args.double_q)
         q_values = self.q_network(batch.observations).gather(1, batch.actions[:, None])  # (B, 1)
         loss = LOSSES[self.args.loss](q_values, targets[:, None])
-        gradient = self.parameters.grad.zero_()
+        self.gradient.zero_()
         loss.backward()
         if self.args.max_grad_norm:
-            gradient.mul_((self.args.max_grad_norm / gradient.norm()).clamp(max=1.0))
-        self.optimizer.step(learning_rate)
+            self.gradient.mul_((self.args.max_grad_norm / self.gradient.norm()).clamp(max=1.0))
+        self.optimizer.step(self.learning_rate)
         self.loss, self.q_values = loss.detach(), q_values.detach()
 
     def diagnostics(self) -> dict[str, float]:
@@ -537,15 +612,79 @@ class Learner:
             return {}
         if self.probe is None:
             rng = np.random.default_rng(derive_seed(self.args.seed, PROBE))
-            self.probe = self.replay.sample(self.args.batch_size, rng)
+            self.probe = list(self.replay.sample(self.args.batch_size, rng))
         lag = (self.parameters.detach() - self.target_parameters).norm() / self.parameters.detach().norm()
         values = {"losses/td_loss": self.loss, "losses/q_values": self.q_values.mean(),
-                  "losses/grad_norm": self.parameters.grad.norm(), "target/lag": lag}
+                  "losses/grad_norm": self.gradient.norm(), "target/lag": lag}
         targets = self.probe_targets
-        self.probe_targets = td_target(self.probe, self.q_network, self.target_network, self.args.double_q)
+        self.probe_targets = td_target(Batch(*self.probe), self.q_network, self.target_network, self.args.double_q)
         if targets is not None:
             values["target/drift"] = (self.probe_targets - targets).abs().mean()
         return {tag: value.item() for tag, value in values.items()}
+
+
+class Rollout:
+    """The environments as training steps through them, into the replay buffer.
+
+    What an environment is in cannot be saved in general, but it follows from the seed of its last reset and the actions
+    since. The journal holds these for all environments; now and then they are reset, so that it never gets long. That
+    waits for an episode as long as the journal.
+    """
+
+    STATE = ("global_step", "passes", "reset_step", "journal", "returns", "lengths", "ended")
+
+    def __init__(self, args: Args, envs: gym.vector.VectorEnv, replay: ReplayBuffer) -> None:
+        self.seed, self.envs, self.replay = args.seed, envs, replay
+        self.global_step = 0  # environment steps taken, over all environments
+        self.journal = np.zeros((10 * JOURNAL_PASSES, envs.num_envs), replay.actions.dtype)
+        self.passes, self.reset_step = 0, 0  # steps of each environment since the last reset; global_step then
+        self.returns, self.lengths = np.zeros((2, envs.num_envs))  # of the episodes under way
+        self.ended = np.zeros(envs.num_envs, bool)  # where the next step only resets
+
+    def used(self, name: str) -> int | None:
+        """How much of an array is to be saved, None = all."""
+        return self.passes if name == "journal" else None
+
+    def begin(self) -> np.ndarray:
+        """Reset all environments with a seed that `reset_step` gives; the first observations (N, *shape)."""
+        return self.envs.reset(seed=derive_seed(self.seed, TRAIN_ENVS, self.reset_step))[0]
+
+    def reset(self) -> None:
+        """Begin new episodes; those under way are truncated and count in no statistic."""
+        self.reset_step, self.passes = self.global_step, 0
+        self.returns[:], self.lengths[:], self.ended[:] = 0, 0, False
+        self.replay.reset(self.begin())
+        check_finite(self.global_step, FAULTY, observations=self.replay.newest)
+
+    def step(self, actions: np.ndarray) -> Iterator[tuple[float, float]]:
+        """Take a step with actions (N,), counted from 0; return and length of each episode that it ended."""
+        self.journal[self.passes] = actions
+        self.passes += 1
+        self.global_step += len(actions)
+        observations, rewards, terminated, truncated, _ = self.envs.step(actions + self.envs.single_action_space.start)
+        self.replay.add(actions, rewards, terminated, truncated, observations)
+        check_finite(self.global_step, FAULTY, observations=self.replay.newest, rewards=rewards)
+        self.returns += rewards
+        self.lengths += 1
+        if np.count_nonzero(self.ended):
+            self.returns[self.ended] = self.lengths[self.ended] = 0  # there the step was a reset
+        self.ended[:] = terminated | truncated
+        episodes = np.flatnonzero(self.ended) if np.count_nonzero(self.ended) else ()
+        finished = [(float(self.returns[i]), float(self.lengths[i])) for i in episodes]
+        if self.passes % JOURNAL_PASSES == 0 and (self.lengths.max() < self.passes or self.passes == len(self.journal)):
+            self.reset()
+        return finished
+
+    def come_back(self, interrupted: Sequence[int]) -> bool:
+        """Bring new environments to where the saved ones were; whether rewards and observations are the same."""
+        observations, same, first_action = self.begin(), True, self.envs.single_action_space.start
+        for age, actions in zip(range(self.passes, 0, -1), self.journal, strict=False):
+            if interrupted:
+                return False
+            observations, rewards, *_ = self.envs.step(actions + first_action)
+            slots = (self.replay.row - age) * len(actions) + np.arange(len(actions))
+            same &= age > self.replay.filled or np.array_equal(self.replay.rewards[slots], rewards.astype(np.float32))
+        return same and np.array_equal(self.replay.newest, observations.astype(self.replay.newest.dtype))
 
 
 class Evaluation(NamedTuple):
@@ -589,6 +728,157 @@ def evaluate(q_network: nn.Module, envs: gym.vector.VectorEnv, episodes: int, se
     return Evaluation(*np.concatenate(rounds, axis=1))
 
 
+def pack(value: Any) -> Any:
+    """What an object's STATE names, as tensors (sharing memory), numbers, strings, lists and dicts.
+
+    A checkpoint holds nothing else, and torch.load(weights_only=True) accepts nothing else: it cannot run code.
+    """
+    if hasattr(value, "STATE"):
+        used = getattr(value, "used", lambda name: None)
+        arrays = {name: getattr(value, name) for name in value.STATE}
+        return {name: pack(v[: used(name)] if isinstance(v, np.ndarray) else v) for name, v in arrays.items()}
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, nn.Module):
+        return value.state_dict()
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def unpack(current: Any, saved: Any, device: torch.device) -> Any:
+    """The reverse of `pack`: `current` with the saved content, or where there is nothing to put it in, a copy."""
+    if hasattr(current, "STATE"):
+        for name in current.STATE:
+            setattr(current, name, unpack(getattr(current, name), saved[name], device))
+    elif isinstance(current, np.ndarray):
+        current[: len(saved)] = saved.numpy()
+    elif isinstance(current, Tensor):
+        current.detach().copy_(saved)
+    elif isinstance(current, np.random.Generator):
+        current.bit_generator.state = saved
+    elif isinstance(current, nn.Module):
+        current.load_state_dict(saved)
+    elif isinstance(saved, list):
+        return [unpack(None, item, device) for item in saved]
+    else:
+        return saved.to(device, copy=True) if isinstance(saved, Tensor) else saved
+    return current
+
+
+def write_file(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+    """Save `content` so that a reader, even after a crash, finds the old file or the new one, whole.
+
+    With `previous` the old file stays under that name. Raises OSError or RuntimeError where nothing could be written.
+    """
+    partial = path.with_suffix(".tmp")
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous:
+            with contextlib.suppress(OSError, AttributeError):  # no old file, or a file system without hard links
+                spare = previous.with_suffix(".tmp")
+                spare.unlink(missing_ok=True)
+                os.link(path, spare)
+                spare.replace(previous)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    with contextlib.suppress(OSError):  # not every system can flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_file(path: Path, verify: bool = True) -> dict[str, Any]:
+    """What `write_file` saved, tensors mapped from disk; UsageError for any other file, or a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if verify and (damaged := archive.testzip()):  # PyTorch does not look at the checksums that it writes
+                raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UsageError(f"there is no {path}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except pickle.UnpicklingError:
+        raise UsageError(f"{path} was not written by dqn.py and could run code; not loaded") from None
+    except Exception as error:
+        raise UsageError(f"{path} is damaged: {error!r:.120}") from None
+    number = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(number, int) or not isinstance(content.get("args"), dict):
+        raise UsageError(f"{path} was not written by dqn.py")
+    if number > FORMAT:
+        raise UsageError(f"{path} has format {number}, this dqn.py reads {FORMAT}; use a newer dqn.py")
+    return content
+
+
+def existing_run(args: Args, verify: bool = True) -> tuple[Args, Path, dict[str, Any]]:
+    """The run that --resume or --evaluate names: its settings with the changes in `args`, its file, and the content.
+
+    Raises UsageError where the file does not serve, or a change would make another experiment.
+    """
+    purpose = "evaluate" if args.resume is None else "resume"
+    named, path = flag(args, purpose), Path(getattr(args, purpose))
+    if path.is_dir():
+        path /= CHECKPOINT if purpose == "resume" or args.which == "last" else MODEL
+    try:
+        content = read_file(path, verify)
+        if purpose == "resume" and (path.name not in (CHECKPOINT, PREVIOUS) or "rollout" not in content):
+            raise UsageError(f"{path} is no checkpoint; name a run folder")
+    except UsageError as error:
+        advice, older = "", path.with_name(PREVIOUS)
+        if path.name == CHECKPOINT:
+            with contextlib.suppress(UsageError, KeyError):
+                step = read_file(older)["rollout"]["global_step"]
+                advice = f"; the one before it, of step {step:,}, is whole: --{purpose} {older}"
+        raise UsageError(f"{named}: {error}{advice}") from None
+    saved = content["args"] | ({"capture_video": False} if args.evaluate is not None else {})
+    changed = {name: getattr(args, name) for name in args._given if getattr(args, name) != saved.get(name)}
+    for name in changed.keys() - OVERRIDES[purpose]:
+        raise UsageError(f"{flag(args, name)}: {named} has {saved.get(name)} and keeps it; leave it out")
+    try:
+        if "total_timesteps" in changed and args.total_timesteps < content["rollout"]["global_step"]:
+            raise UsageError(f"{flag(args, 'total_timesteps')}: the run has taken more steps already; give more")
+        return Args(**saved | changed), path, content
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{named}: {path} was not written by this dqn.py: {error}") from None
+
+
+def lock(run_dir: Path) -> IO[str]:
+    """Become the only process that writes to a run folder, until the file returned is closed or the process dies."""
+    try:
+        file = (run_dir / ".lock").open("a")
+    except OSError as error:
+        raise UsageError(f"cannot write to {run_dir}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UsageError(f"--resume {run_dir}: another process is training there; stop it or wait for it") from None
+    except (NameError, OSError):  # this system, or this file system, has no locks
+        pass
+    return file
+
+
+def say(text: str) -> None:
+    """Print above the progress bar; a closed pipe or a full disk behind standard output does not end a run."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def summarize(returns: Sequence[float]) -> str:
+    """Returns in words."""
+    mean, spread, low, high = (getattr(np, name)(returns) for name in ("mean", "std", "min", "max"))
+    return f"{mean:.1f} ± {spread:.1f}, min {low:.1f}, max {high:.1f}, over {len(returns)} greedy episodes"
+
+
 EPISODE_TAGS = ("charts/episodic_return", "charts/episodic_length")
 # TensorBoard's custom-scalars page: title -> tags drawn in one chart
 CHARTS = {
@@ -605,104 +895,189 @@ CHARTS = {
 
 
 class Report:
-    """What the user gets of a run: TensorBoard's file, a progress bar (lines where output is no terminal), model.pt."""
+    """What the user gets of a run: TensorBoard's file, a progress bar (lines where output is no terminal), model.pt.
 
-    def __init__(self, args: Args, run_dir: Path) -> None:
-        settings = dataclasses.asdict(args)
-        if args.track:
+    What cannot be written is tried again later; `missing` names what is unwritten, and why.
+    """
+
+    STATE = ("recent", "evaluations", "best_step", "best_return", "best_network", "final_returns", "seconds",
+             "log_name", "log_bytes", "wandb_id")
+
+    def __init__(self, args: Args, network: QNetwork) -> None:
+        self.args, self.run_dir, self.wandb, self.wandb_id = args, Path(), None, None
+        self.recent: list[float] = []  # returns of the last training episodes
+        self.evaluations: list[tuple[int, float]] = []  # (step, mean greedy return)
+        self.best_step, self.best_return, self.best_network = 0, -math.inf, copy.deepcopy(network)
+        self.final_returns: list[float] = []  # of the verdict's greedy episodes
+        self.seconds, self.since = 0.0, time.perf_counter()  # spent in training until then
+        self.log_name, self.log_bytes = "", 0  # TensorBoard's file, and how much of it is this run's
+        self.pending = io.BytesIO()  # events not yet in TensorBoard's file
+        self.records = RecordWriter(self.pending)
+        self.missing: dict[str, str] = {}
+
+    @property
+    def evaluated(self) -> int:
+        """The step of the last evaluation."""
+        return self.evaluations[-1][0] if self.evaluations else 0
+
+    def open(self, run_dir: Path, step: int, new_settings: bool) -> None:
+        """Begin to write to `run_dir`, or go on there."""
+        self.run_dir, self.lock, settings = run_dir, lock(run_dir), dataclasses.asdict(self.args)
+        if self.args.track:
             wandb = importlib.import_module("wandb")
             try:
-                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name,
-                           config=settings, sync_tensorboard=True)
+                self.wandb = wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity,
+                                        name=run_dir.name, id=self.wandb_id, resume="allow", config=settings)
             except Exception as error:
-                run_dir.rmdir()
+                if not (run_dir / CHECKPOINT).exists():  # a new run
+                    shutil.rmtree(run_dir)
                 reason = " ".join(str(error).split())
                 raise UsageError(f"--track: {reason}; log in to wandb or set WANDB_MODE=offline") from None
-        self.args, self.run_dir = args, run_dir
-        self.writer = SummaryWriter(str(run_dir), flush_secs=10)
-        rows = "".join(f"|{name}|{value}|\n" for name, value in settings.items())
-        self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{rows}")
-        columns = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in settings.items()}
-        for summary in hparams(columns, {"eval/episodic_return": 0.0}):
-            self.writer.file_writer.add_summary(summary)  # add_hparams would open a second run for them
-        self.writer.add_custom_scalars({"DQN": {title: ["Multiline", tags] for title, tags in CHARTS.items()}})
-        self.bar = tqdm(total=args.total_timesteps, unit=" steps", unit_scale=True, disable=None, dynamic_ncols=True)
-        self.recent: deque[float] = deque(maxlen=20)  # returns of the last training episodes
-        self.evaluations: list[tuple[int, float]] = []  # (step, mean greedy return)
-        self.best_step, self.best_return, self.best_network = 0, -math.inf, None
-        self.started, self.paused = time.perf_counter(), 0.0
+            self.wandb_id = self.wandb.id
+        log = run_dir / Path(self.log_name).name
+        if not log.is_file() or log.stat().st_size < self.log_bytes:  # the file was lost, or its end was
+            log, self.log_bytes = run_dir / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}", 0
+        self.log_name = log.name
+        if not self.log_bytes:
+            self.record(Event(file_version="brain.Event:2"))
+            layout = {"DQN": {title: ["Multiline", tags] for title, tags in CHARTS.items()}}
+            columns = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in settings.items()}
+            for summary in (custom_scalars(layout), *hparams(columns, {"eval/episodic_return": 0.0})):
+                self.record(Event(summary=summary))
+        if new_settings or not self.log_bytes:
+            rows = "".join(f"|{name}|{value}|\n" for name, value in settings.items())
+            self.record(Event(summary=text("hyperparameters", f"|setting|value|\n|-|-|\n{rows}"), step=step))
+        self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit=" steps", unit_scale=True, disable=None,
+                        dynamic_ncols=True)
 
     def close(self) -> None:
         """Close what was opened; everything logged so far is on disk afterwards."""
         self.bar.close()
-        self.writer.close()
-        if self.args.track:
-            importlib.import_module("wandb").finish()
+        self.flush()
+        self.lock.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def record(self, event: Event) -> None:
+        """Append to TensorBoard's file, at the next flush."""
+        event.wall_time = time.time()
+        self.records.write(event.SerializeToString())
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log values by TensorBoard tag."""
         entries = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self.writer.file_writer.add_summary(Summary(value=entries), step)  # one event for all costs half of add_scalar
+        self.record(Event(summary=Summary(value=entries), step=step))
+        if self.wandb:
+            self.wandb.log(values, step)
 
-    def steps_per_second(self, step: int) -> float:
-        """Speed since the start, evaluations not counted."""
-        return step / (time.perf_counter() - self.started - self.paused)
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Note in `missing` whether the block could write `name`, and say so where not; training goes on."""
+        try:
+            yield
+            self.missing.pop(name, None)
+        except (OSError, RuntimeError) as error:  # torch.save wraps the system's error
+            reason = str(getattr(error.__context__ or error, "strerror", None) or error)
+            if name not in self.missing:
+                say(f"{name} could not be written: {reason}; training goes on")
+            self.missing[name] = reason
+
+    def flush(self, durable: bool = False) -> None:
+        """Write the pending events to TensorBoard's file; should that fail, they stay pending."""
+        events = self.pending.getvalue()
+        if not events:
+            return
+        with self.writing("TensorBoard's file"), (self.run_dir / self.log_name).open("ab") as file:
+            file.truncate(self.log_bytes)  # what a failed attempt, or a process before a resume, wrote beyond
+            file.write(events)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+            self.log_bytes += len(events)
+            self.pending.seek(0)
+            self.pending.truncate()
+
+    def save(self, name: str, content: dict[str, Any], previous: str = "") -> None:
+        """Write a file that `read_file` reads, with the settings."""
+        settings = dataclasses.asdict(self.args) | {"resume": None}
+        with self.writing(name):
+            write_file(self.run_dir / name, {"format": FORMAT, "args": settings} | content,
+                       self.run_dir / previous if previous else None)
+
+    def checkpoint(self, parts: dict[str, Any]) -> None:
+        """Save all that the future of the run depends on; keep the checkpoint before it."""
+        self.flush(durable=True)
+        kept = {name: pack(part) for name, part in parts.items() if name != "replay" or self.args.checkpoint_replay}
+        self.save(CHECKPOINT, kept, PREVIOUS)
+
+    def lap(self, step: int) -> float:
+        """Steps per second up to `step`; the clock goes on from here."""
+        now = time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        return step / self.seconds
 
     def progress(self, step: int, epsilon: float, learning_rate: float, diagnostics: dict[str, float]) -> None:
         """Log and show how far training is."""
-        total, speed = self.args.total_timesteps, self.steps_per_second(step)
+        total, speed = self.args.total_timesteps, self.lap(step)
         values = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate, "charts/SPS": int(speed)}
         self.scalars(step, values | diagnostics)
+        self.flush()
         recent = f"{np.mean(self.recent):.1f}" if self.recent else "-"
         status = f"return {recent}, epsilon {epsilon:.2f}, loss {diagnostics.get('losses/td_loss', math.nan):.3g}"
+        if self.missing:
+            status += f", NOT WRITTEN: {', '.join(self.missing)}"
         self.bar.set_postfix_str(status, refresh=False)
         if self.bar.disable and due(max(total // 20, 1), step, max(self.args.log_frequency, self.args.num_envs)):
             left = max(total - step, 0) / speed
-            print(f"step {step:,} of {total:,}: {status}, {speed:,.0f} steps/s, {left:,.0f} s left", flush=True)
+            say(f"step {step:,} of {total:,}: {status}, {speed:,.0f} steps/s, {left:,.0f} s left")
 
     def evaluate(self, step: int, network: QNetwork, envs: gym.vector.VectorEnv, episodes: int,
                  interrupted: Sequence[int]) -> Evaluation | None:
-        """Evaluate, log, and keep the network if none was better."""
+        """Evaluate, log, and keep the network if none was better; None if interrupted."""
         # Other episodes each time, so that the verdict does not replay those that a run was stopped for.
-        began, seed = time.perf_counter(), derive_seed(self.args.seed, EVAL_ENVS, len(self.evaluations))
+        seed = derive_seed(self.args.seed, EVAL_ENVS, len(self.evaluations))
+        self.lap(step)
         result = evaluate(network, envs, episodes, seed, self.args.gamma, self.args.eval_max_steps, interrupted)
         if result is not None:
             check_finite(step, FAULTY, evaluation=result.returns)
             mean, length, q_bias = (float(values.mean()) for values in result)
             self.scalars(step, {"eval/episodic_return": mean, "eval/episodic_length": length, "eval/q_bias": q_bias})
-            self.writer.flush()
-            tqdm.write(f"step {step:,}: greedy return {mean:.1f} ± {result.returns.std():.1f} over {episodes} episodes")
-            sys.stdout.flush()
+            self.flush()
+            say(f"step {step:,}: greedy return {mean:.1f} ± {result.returns.std():.1f} over {episodes} episodes")
             self.evaluations.append((step, mean))
             if mean >= self.best_return:
-                self.best_step, self.best_return, self.best_network = step, mean, copy.deepcopy(network)
+                self.best_step, self.best_return = step, mean
+                self.best_network.load_state_dict(network.state_dict())
                 if self.args.save_model:
-                    partial = self.run_dir / "model.tmp"
-                    torch.save({"args": dataclasses.asdict(self.args), "q_network": network.state_dict()}, partial)
-                    partial.replace(self.run_dir / "model.pt")  # so that the file is always whole
-        self.paused += time.perf_counter() - began
+                    self.save(MODEL, {"q_network": network.state_dict()})
+        self.since = time.perf_counter()  # evaluations are no training
         return result
 
-    def verdict(self, step: int, speed: float, final: Evaluation | None) -> None:
-        """Print how the run ended; `final` are the greedy episodes at the end, None after an interrupt."""
-        words = {"steps": f"{step:,} in {time.perf_counter() - self.started:,.1f} s, training at {speed:,.0f} steps/s",
-                 "interrupted": "so no greedy episodes at the end"}
-        if final is not None:
-            mean, spread, low, high = (getattr(final.returns, name)() for name in ("mean", "std", "min", "max"))
-            text = f"{mean:.1f} ± {spread:.1f}, from {low:.1f} to {high:.1f}, over {FINAL_EPISODES} greedy episodes"
-            words = {"steps": words["steps"], "final return": text}
+    def verdict(self, step: int) -> None:
+        """Print how the run ended."""
+        words = {"steps": f"{step:,}, training took {self.seconds:,.1f} s at {step / self.seconds:,.0f} steps/s"}
+        if self.final_returns:
+            words["final return"] = summarize(self.final_returns)
+        else:
+            words["interrupted"] = "so no greedy episodes at the end"
         if self.evaluations:
             words["best return"] = f"{self.best_return:.1f}, evaluated at step {self.best_step:,}"
-        words |= {name: self.run_dir / name for name in ("model.pt", "videos") if (self.run_dir / name).exists()}
+        words |= {name: self.run_dir / name for name in (MODEL, CHECKPOINT, "videos") if (self.run_dir / name).exists()}
         words |= {"run folder": self.run_dir, "look at it": f"tensorboard --logdir {self.run_dir.parent}"}
-        print("\n".join(f"{name:14}{text}" for name, text in words.items()), flush=True)
+        if (self.run_dir / CHECKPOINT).exists():
+            more = " --total-timesteps MORE" * bool(self.final_returns)
+            more += " --stop-return HIGHER" * (self.best_return >= self.args.stop_return)
+            script, own = Path(sys.argv[0]), Path(__file__).name
+            words["go on"] = (f"python {shlex.quote(str(script if script.name == own else own))} "
+                              f"--resume {shlex.quote(str(self.run_dir))}{more}")
+        say("\n".join(f"{name:14}{text}" for name, text in words.items()))
 
 
 def describe(args: Args) -> str:
     """The settings in force, by section; a star marks those that TUNED brought."""
     tuned = TUNED.get(args.env_id, {}) if args.tuned else {}
     lines = []
-    for section in SECTIONS:
+    for section in SECTIONS[:-1]:
         names = (field.name for field in dataclasses.fields(section))
         words = ", ".join(flag(args, n)[2:] + "*" * ((n, getattr(args, n)) in tuned.items()) for n in names)
         lines.append(textwrap.fill(f"{section.__name__.lower():14}{words}", 110, subsequent_indent=" " * 14,
@@ -726,26 +1101,28 @@ def create_run_dir(args: Args) -> Path:
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that a run can end in order; a second one ends it at once."""
+    """Collect a SIGINT or SIGTERM in a list, so that a run can end in order, and raise what it stands for at the end.
+
+    A second one finds the handlers that were there before.
+    """
     received: list[int] = []
-    owner = os.getpid()
 
     def receive(signum: int, frame: Any) -> None:
-        if os.getpid() != owner:  # an environment's process: ends with ours, or when it is told to
-            if signum == signal.SIGTERM:
-                raise SystemExit
-            return
-        if received:
-            raise KeyboardInterrupt
         received.append(signum)
+        restore()
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
     in_main = threading.current_thread() is threading.main_thread()  # only there does Python set handlers
     previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
     try:
         yield received
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        restore()
+    if received:
+        raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
 
 
 FAULTY = "the environment returned NaN or infinity"
@@ -771,91 +1148,179 @@ class Result:
 
 
 def train(args: Args) -> Result:
-    """Run one experiment: train, evaluate, report.
+    """Run one experiment, or go on with one: train, evaluate, report.
 
     Raises:
         UsageError: a setting cannot work; nothing was written.
-        TrainingError: observations, rewards or the loss stopped being finite.
+        TrainingError: observations, rewards or the loss stopped being finite, or something could not be written.
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the run ended in order before.
     """
+    saved = {}
+    if args.resume is not None:
+        args, path, saved = existing_run(args)
     validate(args)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(caught_signals())
-        envs = make_envs(args, args.num_envs)
-        stack.callback(envs.close, timeout=5)  # seconds for processes that hang
+        envs = stack.enter_context(contextlib.closing(make_envs(args, args.num_envs)))
         if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ()):
             raise UsageError(f"{flag(args, 'capture_video')}: {args.env_id} does not render to rgb_array; leave it out")
         # One environment an episode, where that does not mean as many processes.
         count = min(args.eval_episodes, FINAL_EPISODES if args.vectorization != "async" else args.num_envs)
-        eval_envs = make_envs(args, count)
-        stack.callback(eval_envs.close, timeout=5)
+        eval_envs = stack.enter_context(contextlib.closing(make_envs(args, count)))
         learner = Learner(args, envs, device)
         if learner.parameters.numel() * args.batch_size < 2**24:  # too little work for one core to share it
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
-        run_dir = create_run_dir(args)
-        print(describe(args), f"run folder    {run_dir}", sep="\n", flush=True)
-        report = stack.enter_context(contextlib.closing(Report(args, run_dir)))
+        replay, rollout, report = learner.replay, Rollout(args, envs, learner.replay), Report(args, learner.q_network)
+        parts = {"learner": learner, "replay": replay, "rollout": rollout, "report": report}
+        try:
+            for name in parts.keys() & saved.keys():
+                unpack(parts[name], saved[name], device)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"--resume {path}: does not fit {args.env_id} as it is here: {error!r}") from None
+        run_dir = path.parent if saved else create_run_dir(args)
+        report.open(run_dir, rollout.global_step, saved.get("args") != dataclasses.asdict(args) | {"resume": None})
+        stack.callback(report.close)
+        say(f"{describe(args)}\nrun folder    {run_dir}")
+        if saved:
+            path.replace(run_dir / CHECKPOINT)  # where the one before the newest was named
+            say(f"resumed       at step {rollout.global_step:,}")
+        begun, saved = "replay" in saved, None  # its tensors were mapped from disk; let go of the file
+        if begun and not rollout.come_back(interrupted):
+            if interrupted:
+                return None
+            say("the environments did not come back to the state they were in: not exact from here on")
+            rollout.reset()
+        if not begun:
+            if rollout.global_step:
+                say("not exact: checkpoints have no replay buffer, so it is filled anew before learning goes on")
+            learner.learning_starts = rollout.global_step + args.learning_starts
+            rollout.reset()
+            if args.checkpoint_frequency:
+                report.checkpoint(parts)
+        report.since = time.perf_counter()
 
-        global_step, learning_rate, first_action = 0, args.learning_rate, envs.single_action_space.start
-        observations, _ = envs.reset(seed=derive_seed(args.seed, TRAIN_ENVS))
-        learner.replay.reset(observations)
-        check_finite(global_step, FAULTY, observations=learner.replay.newest)
-        returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
-        ended = np.zeros(args.num_envs, bool)
-        while global_step < args.total_timesteps and not interrupted:
+        while rollout.global_step < args.total_timesteps and report.best_return < args.stop_return and not interrupted:
+            global_step = rollout.global_step
+            if due(args.eval_frequency, global_step, args.num_envs) and global_step > report.evaluated:
+                report.evaluate(global_step, learner.q_network, eval_envs, args.eval_episodes, interrupted)
+                continue
+            report.final_returns = []  # of a run that had ended
             decay_steps = args.exploration_fraction * args.total_timesteps
             epsilon = linear_schedule(args.start_e, args.end_e, decay_steps, global_step)
-            actions = learner.act(learner.replay.newest, epsilon)
-            observations, rewards, terminated, truncated, _ = envs.step(actions + first_action)
-            global_step += args.num_envs
-            learner.replay.add(actions, rewards, terminated, truncated, observations)
-            check_finite(global_step, FAULTY, observations=learner.replay.newest, rewards=rewards)
+            for episode in rollout.step(learner.act(replay.newest, epsilon)):
+                report.recent = [*report.recent[-19:], episode[0]]
+                report.scalars(rollout.global_step, dict(zip(EPISODE_TAGS, episode, strict=True)))
             report.bar.update(args.num_envs)
 
-            returns += rewards
-            lengths += 1
-            if np.count_nonzero(ended):
-                returns[ended] = lengths[ended] = 0  # there the step was a reset
-            ended = terminated | truncated
-            for i in np.flatnonzero(ended) if np.count_nonzero(ended) else ():
-                report.recent.append(returns[i])
-                report.scalars(global_step, dict(zip(EPISODE_TAGS, (returns[i], lengths[i]), strict=True)))
-
             # The steps of this pass one by one, so that learning keeps its ratio to acting, and its order, for any N.
-            for step in range(global_step - args.num_envs + 1, global_step + 1):
-                if step > args.learning_starts and due(args.train_frequency, step):
+            for step in range(global_step + 1, rollout.global_step + 1):
+                if step > learner.learning_starts and due(args.train_frequency, step):
                     if args.anneal_lr:
-                        learning_rate = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, step)
+                        learner.learning_rate = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, step)
                     for _ in range(args.gradient_steps):
-                        learner.gradient_step(learning_rate)
+                        learner.gradient_step()
                 if due(args.target_network_frequency, step):
                     sync_target(learner.target_parameters, learner.parameters.data, args.tau)
 
-            if due(args.log_frequency, global_step, args.num_envs) or global_step >= args.total_timesteps:
+            global_step, at_end = rollout.global_step, rollout.global_step >= args.total_timesteps
+            if due(args.log_frequency, global_step, args.num_envs) or at_end:
                 diagnostics = learner.diagnostics()
                 diverged = "learning diverged; lower --learning-rate or set --max-grad-norm"
                 check_finite(global_step, diverged, loss=diagnostics.get("losses/td_loss", 0.0))
-                report.progress(global_step, epsilon, learning_rate, diagnostics)
-            if due(args.eval_frequency, global_step, args.num_envs) and global_step < args.total_timesteps:
-                report.evaluate(global_step, learner.q_network, eval_envs, args.eval_episodes, interrupted)
-                if report.best_return >= args.stop_return:
-                    break
+                report.progress(global_step, epsilon, learner.learning_rate, diagnostics)
+            if due(args.checkpoint_frequency, global_step, args.num_envs) and not at_end:
+                report.checkpoint(parts)
 
-        speed = report.steps_per_second(global_step)
         report.bar.close()
-        final = report.evaluate(global_step, learner.q_network, eval_envs, FINAL_EPISODES, interrupted)
-        if args.capture_video and final is not None:
-            with contextlib.closing(make_envs(args, 1, run_dir / "videos")) as video_envs:
-                seed = derive_seed(args.seed, VIDEO)
-                evaluate(report.best_network, video_envs, VIDEO_EPISODES, seed, args.gamma, args.eval_max_steps,
-                         interrupted)
-        report.verdict(global_step, speed, final)
-    if interrupted:
-        raise KeyboardInterrupt if interrupted[0] == signal.SIGINT else SystemExit(128 + interrupted[0])
-    return Result(run_dir, global_step, report.evaluations, final.returns, report.best_return, speed)
+        report.lap(rollout.global_step)
+        if not report.final_returns:
+            if not interrupted:
+                final = report.evaluate(rollout.global_step, learner.q_network, eval_envs, FINAL_EPISODES, interrupted)
+                report.final_returns = [] if final is None else final.returns.tolist()
+            if args.checkpoint_frequency:
+                report.checkpoint(parts)
+        if args.capture_video and not interrupted:
+            with report.writing("videos"), contextlib.closing(make_envs(args, 1, run_dir / "videos" / "best")) as shown:
+                evaluate(report.best_network, shown, VIDEO_EPISODES, derive_seed(args.seed, VIDEO), args.gamma,
+                         args.eval_max_steps, interrupted)
+        if MODEL in report.missing:
+            report.save(MODEL, {"q_network": report.best_network.state_dict()})
+        report.verdict(rollout.global_step)
+        report.flush()
+        if report.missing:
+            unwritten = ", ".join(f"{name} ({reason})" for name, reason in report.missing.items())
+            raise TrainingError(f"could not be written: {unwritten}; {run_dir} holds what was written before")
+        speed = rollout.global_step / report.seconds
+        return Result(run_dir, rollout.global_step, report.evaluations, np.array(report.final_returns),
+                      report.best_return, speed)
+
+
+class Agent:
+    """A trained network that acts greedily; `load` makes one.
+
+    Raises UsageError where the run cannot be read, or the environment is not what the network was made for.
+    """
+
+    def __init__(self, args: Args) -> None:
+        """From the run that `args.evaluate` and `args.which` name; `self.args` are that run's settings then."""
+        args, self.path, content = existing_run(args)
+        validate(args)
+        self.args = args
+        with contextlib.closing(make_envs(args, 1)) as envs, contextlib.closing(gym.make(args.env_id)) as env:
+            self.space, self.actions = envs.single_observation_space, envs.single_action_space
+            self.unflattened = env.observation_space
+        network = QNetwork(self.space.shape, int(self.actions.n), args.hidden_sizes, args.dueling, args.layer_norm)
+        try:
+            if "learner" in content:
+                flatten_parameters(network).detach().copy_(content["learner"]["parameters"])
+            else:
+                network.load_state_dict(content["q_network"])
+        except (RuntimeError, KeyError) as error:
+            raise UsageError(f"{args.evaluate}: does not fit {args.env_id} as it is here: {error}") from None
+        self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        self.q_network = network.to(self.device)
+
+    @torch.no_grad()
+    def act(self, observation: Any) -> Any:
+        """The greedy action for an observation of the environment; actions (N,) for Box observations (N, *shape)."""
+        if not isinstance(self.unflattened, gym.spaces.Box):
+            if not self.unflattened.contains(observation):
+                raise ValueError(f"{observation} is not an observation of {self.args.env_id}, {self.unflattened}")
+            observation = gym.spaces.flatten(self.unflattened, observation)
+        batch = torch.as_tensor(np.asarray(observation, self.space.dtype)).to(self.device)
+        one = batch.shape == self.space.shape
+        actions = self.q_network(batch[None] if one else batch).argmax(1).cpu().numpy() + self.actions.start
+        return int(actions[0]) if one else actions
+
+
+def load(path: str | Path, which: Literal["best", "last"] = "best") -> Agent:
+    """The trained agent of a run folder: the best network by greedy evaluation, or that of the last checkpoint."""
+    return Agent(Args(evaluate=str(path), which=which))
+
+
+def play(args: Args) -> Evaluation:
+    """Let the network of a run play greedy episodes and print what they returned; for --evaluate."""
+    agent = Agent(args)
+    args, path = agent.args, agent.path
+    # One environment after the other, so that an episode is the same whether it is shown or not.
+    ways = dataclasses.replace(args, vectorization="native" if args.vectorization == "native" else "sync")
+    video = path.parent / "videos" / f"{path.stem}-seed-{args.seed}" if args.capture_video else None
+    count = 1 if video or args.render else min(args.eval_episodes, FINAL_EPISODES)
+    try:
+        with caught_signals() as interrupted, contextlib.closing(make_envs(ways, count, video, args.render)) as envs:
+            result = evaluate(agent.q_network, envs, args.eval_episodes, derive_seed(args.seed, PLAY), args.gamma,
+                              args.eval_max_steps, interrupted)
+    except Exception as error:
+        if isinstance(error, UsageError) or not (video or args.render):
+            raise
+        raise UsageError(f"{flag(args, 'render' if args.render else 'capture_video')}: {error}") from None
+    say(f"return        {summarize(result.returns)}\nnetwork       {path}")
+    if video:
+        say(f"videos        {video.parent}")
+    return result
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
@@ -864,10 +1329,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            chosen, _ = tyro.cli(Environment, args=argv, return_unknown_args=True, add_help=False)
-            defaults = Args(env_id=chosen.env_id, tuned=chosen.tuned)
+            chosen, existing = (tyro.cli(section, args=argv, return_unknown_args=True, add_help=False)[0]
+                                for section in (Environment, Existing))
+            if existing.resume is not None or existing.evaluate is not None:
+                defaults, shown = existing_run(Args(**vars(existing)), verify=False)[0], "that run"
+            else:
+                defaults = Args(env_id=chosen.env_id, tuned=chosen.tuned)
+                known = chosen.tuned and chosen.env_id in TUNED
+                shown = f"the TUNED settings of {chosen.env_id}" if known else "plain DQN"
             parts = [s(**{f.name: getattr(defaults, f.name) for f in dataclasses.fields(s)}) for s in SECTIONS]
-            shown = f"the TUNED settings of {chosen.env_id}" if chosen.tuned and chosen.env_id in TUNED else "plain DQN"
             parsed = tyro.cli(sections, args=argv, default=sections(*parts), config=(tyro.conf.OmitArgPrefixes,),
                               description=f"Train a deep Q-network. Defaults shown are those of {shown}.")
     except SystemExit as end:
@@ -882,8 +1352,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: exit status 2 for settings that cannot work, 1 for a failed run, 130 after Ctrl-C."""
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()  # where the shell closed them
     try:
-        train(parse_args(argv))
+        args = parse_args(argv)
+        (train if args.evaluate is None else play)(args)
     except (UsageError, TrainingError) as error:
         print(f"dqn.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

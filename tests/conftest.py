@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
@@ -17,10 +18,10 @@ QUICK = ("--no-tuned --total-timesteps 1200 --learning-starts 200 --buffer-size 
          "--eval-frequency 500 --eval-episodes 2 --log-frequency 100 --eval-max-steps 50").split()
 
 
-def start(*arguments, cwd):
-    """The script as a subprocess in an empty folder, output to pipes."""
+def start(*arguments, cwd, before=None):
+    """The script as a subprocess in an empty folder, output to pipes; `before` is called in the new process."""
     return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=before)
 
 
 @pytest.fixture
@@ -47,3 +48,29 @@ def read_log(run_dir):
     log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0})
     log.Reload()
     return log
+
+
+def outcome(run_dir):
+    """All that a run computed: checkpoint, model, logged scalars; without what depends on the clock and the machine."""
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    for name in ("seconds", "log_name"):
+        del checkpoint["report"][name]
+    log = read_log(run_dir)
+    scalars = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+    del scalars["charts/SPS"]
+    return {"checkpoint": checkpoint, "model": torch.load(run_dir / "model.pt", weights_only=True), "scalars": scalars}
+
+
+def differences(one, other, place=""):
+    """Where two outcomes differ, to the last bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        both = one.keys() & other.keys()
+        inside = [d for key in both for d in differences(one[key], other[key], f"{place}/{key}")]
+        return [f"{place}/{key}" for key in one.keys() ^ other.keys()] + inside
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{place}/{i}")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        same = one.dtype == other.dtype and torch.equal(one, other)
+    else:
+        same = type(one) is type(other) and one == other
+    return [] if same else [place]

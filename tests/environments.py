@@ -1,6 +1,7 @@
 """Environments made for the tests; importing this module registers them ("environments:Coded-v0")."""
 
 import itertools
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -53,7 +54,8 @@ class Coded(gym.Env):
 class Walk(gym.Env):
     """A walk of ten steps over any observation space, on actions that do not count from zero.
 
-    `fault` names what goes wrong at step 700 of the environment's life, which is in the middle of training.
+    `fault` names what goes wrong at step 700 of the environment's life, which is in the middle of training; "stuck"
+    takes a minute for step 300.
     """
 
     action_space = spaces.Discrete(3, start=5)
@@ -73,6 +75,8 @@ class Walk(gym.Env):
         assert 5 <= action <= 7, f"{action} is not an action"
         self.steps, self.life = self.steps + 1, self.life + 1
         observation, reward = self.observation_space.sample(), float(action == 6)
+        if self.life == 300 and self.fault == "stuck":
+            time.sleep(60)
         if self.life == 700:
             if self.fault == "observation":
                 observation = np.full((2,), np.nan, np.float32)
@@ -109,6 +113,7 @@ SPACES = {
 gym.register("Coded-v0", entry_point=Coded)
 gym.register("Walk-v0", entry_point=Walk)
 gym.register("Endless-v0", entry_point=Walk, kwargs={"limit": -1})
+gym.register("Stuck-v0", entry_point=Walk, kwargs={"fault": "stuck"})
 gym.register("SameStep-v0", entry_point=Walk, vector_entry_point=SameStep)
 gym.register("Sentence-v0", entry_point=Walk, kwargs={"space": spaces.Sequence(spaces.Discrete(3))})
 gym.register("Unbuilt-v0", entry_point="a_simulator_nobody_has:Env")

@@ -75,7 +75,7 @@ def test_a_run_takes_the_same_gradient_steps_and_syncs_for_any_number_of_environ
     import dqn
 
     events = []
-    monkeypatch.setattr(Learner, "gradient_step", lambda self, learning_rate: events.append("g"))
+    monkeypatch.setattr(Learner, "gradient_step", lambda self: events.append("g"))
     monkeypatch.setattr(dqn, "sync_target", lambda target, online, tau: events.append("s"))
     monkeypatch.setattr(dqn, "FINAL_EPISODES", 1)
     dqn.train(Args(tuned=False, num_envs=num_envs, total_timesteps=960, learning_starts=100, train_frequency=10,
@@ -118,7 +118,8 @@ def test_a_gradient_step_is_that_of_pytorch_on_the_loss_of_the_equation(settings
         gradient *= min(1.0, args.max_grad_norm / gradient.norm().item())
     reference.param_groups[0]["params"][0].grad = gradient
     reference.step()
-    learner.gradient_step(1e-3)
+    learner.learning_rate = 1e-3
+    learner.gradient_step()
     assert torch.allclose(learner.loss, loss.detach(), rtol=1e-5)
     assert torch.allclose(learner.parameters.grad, gradient, rtol=1e-4, atol=1e-7)
     assert torch.allclose(learner.parameters.data, reference.param_groups[0]["params"][0], atol=1e-5)
@@ -128,7 +129,7 @@ def test_a_gradient_step_leaves_the_target_network_alone():
     learner = make_learner()
     target, online = learner.target_parameters.clone(), learner.parameters.data.clone()
     assert torch.equal(target, online)
-    learner.gradient_step(1e-3)
+    learner.gradient_step()
     assert torch.equal(learner.target_parameters, target)
     assert not torch.equal(learner.parameters.data, online)
     flat = torch.cat([parameter.flatten() for parameter in learner.target_network.parameters()])
@@ -138,18 +139,19 @@ def test_a_gradient_step_leaves_the_target_network_alone():
 def test_lag_and_drift_measure_the_target_network():
     learner = make_learner()
     assert learner.diagnostics() == {}
-    learner.gradient_step(1e-2)
+    learner.gradient_step()
     first = learner.diagnostics()
     distance = (learner.parameters.data - learner.target_parameters).norm() / learner.parameters.data.norm()
     assert first["target/lag"] == pytest.approx(distance.item())
-    learner.gradient_step(1e-2)
+    learner.gradient_step()
     assert learner.diagnostics()["target/drift"] == 0.0  # the target has not moved
     networks = learner.q_network, learner.target_network
-    before = td_target(learner.probe, *networks)
+    before = td_target(Batch(*learner.probe), *networks)
     sync_target(learner.target_parameters, learner.parameters.data, 1.0)
     after = learner.diagnostics()
     assert after["target/lag"] == 0.0
-    assert after["target/drift"] == pytest.approx((td_target(learner.probe, *networks) - before).abs().mean().item())
+    drift = (td_target(Batch(*learner.probe), *networks) - before).abs().mean()
+    assert after["target/drift"] == pytest.approx(drift.item())
     assert after["target/drift"] > 0
 
 
@@ -173,6 +175,6 @@ def test_the_forward_pass_is_skipped_where_every_environment_explores(monkeypatc
 
 
 def test_seeds_of_different_purposes_and_runs_are_unrelated():
-    seeds = [derive_seed(seed, purpose) for seed in range(50) for purpose in range(7)]
+    seeds = [derive_seed(seed, purpose) for seed in range(50) for purpose in range(8)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**31 for seed in seeds)

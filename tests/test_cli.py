@@ -87,8 +87,9 @@ def test_a_run_shows_its_settings_progress_and_verdict(cli, tmp_path):
     assert re.fullmatch(r"CartPole-v1__dqn__7__\d+", run_dir.name)
     for expected in (r"env-id CartPole-v1, tuned False, total-timesteps 1200", r"step 600 of 1,200: return [\d.]+, "
                      r"epsilon 0\.\d\d, loss [\d.e-]+, [\d,]+ steps/s, \d+ s left", r"step 1,000: greedy return",
-                     r"final return +[\d.]+ ± [\d.]+, from [\d.]+ to [\d.]+, over 100 greedy episodes",
-                     r"best return +[\d.]+, evaluated at step", r"steps +1,200 in [\d.]+ s, training at [\d,]+ steps/s",
+                     r"final return +[\d.]+ ± [\d.]+, min [\d.]+, max [\d.]+, over 100 greedy episodes",
+                     r"best return +[\d.]+, evaluated at step",
+                     r"steps +1,200, training took [\d.]+ s at [\d,]+ steps/s",
                      rf"run folder +runs/{run_dir.name}", r"tensorboard --logdir runs"):
         assert re.search(expected, process.out), expected
     assert (run_dir / "model.pt").exists()

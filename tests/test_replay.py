@@ -80,13 +80,39 @@ def test_samples_are_uniform_over_all_held_transitions(num_envs, passes):
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5  # mean and deviation of the distribution
 
 
-@pytest.mark.parametrize(("num_envs", "held"), [(1, 100), (8, 104), (100, 200)])
-def test_a_full_buffer_holds_its_capacity_in_whole_rows_and_two_at_least(num_envs, held):
+@pytest.mark.parametrize(("num_envs", "held"), [(1, 100), (8, 104), (100, 300)])
+def test_a_full_buffer_holds_its_capacity_in_whole_rows_and_three_at_least(num_envs, held):
     buffer = ReplayBuffer(100, num_envs, Coded.observation_space, 4)
     buffer.reset(np.zeros((num_envs, 3)))
     for _ in range(250):
         buffer.add(*np.zeros((4, num_envs), bool), np.zeros((num_envs, 3)))
     assert len(np.unique(buffer.draw(20_000, np.random.default_rng(0)))) == held
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3, 5, 6, 7, 12, 40])
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_a_reset_of_all_environments_truncates_what_was_under_way(passes, n_step):
+    """Ring of 20 rows, episodes of length 1 to 6: the resets meet first, middle and last steps, and reset steps."""
+    envs = gym.vector.SyncVectorEnv([lambda i=i: Coded(i) for i in range(3)])
+    buffer = ReplayBuffer(60, 3, envs.single_observation_space, 4, n_step, 0.5)
+    buffer.reset(envs.reset()[0])
+    last = []
+    for i in range(1, 60):
+        observations, *outcome, _ = envs.step(np.zeros(3, int))
+        buffer.add(np.zeros(3, int), *outcome, observations)
+        if i % passes == 0:
+            last = [*last, *map(tuple, buffer.newest.astype(int))]
+            buffer.reset(envs.reset()[0])
+    batch = buffer.sample(3000, np.random.default_rng(0))
+    for (number, episode, step), (_, after, end), discount in zip(
+            batch.observations.int().tolist(), batch.next_observations.int().tolist(), batch.discounts, strict=True):
+        assert step < Coded.length(number, episode), "a reset step was sampled"
+        assert (number, episode, step) not in last, "the step to a new beginning was sampled"
+        assert after == episode, "a walk crossed a reset"
+        whole = end == Coded.length(number, episode)
+        terminated = whole and Coded.flags(episode)[0]
+        assert discount == (0 if terminated else 0.5 ** (end - step))
+        assert end - step == n_step or whole or (number, episode, end) in last or i == 59
 
 
 def test_the_action_of_a_transition_is_kept():
