@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from conftest import QUICK, differences, outcome, start
+from conftest import QUICK, SCRIPT, differences, outcome, start
 from dqn import CHECKPOINT, PREVIOUS, read_file
 
 KILLED = ("--no-tuned --num-envs 2 --n-step 3 --total-timesteps 20000 --learning-starts 500 --buffer-size 20000 "
@@ -92,7 +92,7 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_bit(phase, number, sta
     finish(process, timeout=5)
     assert process.returncode == status
     assert not process.err
-    assert f"go on         python dqn.py --resume runs/{run_dir.name}\n" in process.out
+    assert f"go on         python {SCRIPT} --resume runs/{run_dir.name}\n" in process.out
     step = read_file(run_dir / CHECKPOINT)["rollout"]["global_step"]
     assert step <= 1000 if phase == "before learning starts" else 5000 <= step < 20_000
     resume_and_compare(run_dir, alone)

@@ -37,7 +37,7 @@ def timed(function):
             depth -= 1
             spent += (depth == 0) * (time.perf_counter() - start)
     return wrapper
-for name in ("__init__", "scalars", "progress", "close"):
+for name in ("open", "scalars", "progress", "close"):
     setattr(dqn.Report, name, timed(getattr(dqn.Report, name)))
 dqn.Learner.diagnostics = timed(dqn.Learner.diagnostics)
 start = time.perf_counter()
@@ -66,7 +66,7 @@ def run(*command: str) -> tuple[str, float]:
 def ours(*flags: object) -> float:
     """Steps per second that dqn.py reports of its training."""
     out, _ = run(str(ROOT / "dqn.py"), *map(str, flags))
-    return float(re.search(r"training at ([\d,]+) steps/s", out)[1].replace(",", ""))
+    return float(re.search(r"at ([\d,]+) steps/s", out)[1].replace(",", ""))
 
 
 def side_by_side(name: str, unit: str, first, second, repeats: int) -> None:
