@@ -1215,8 +1215,16 @@ def train(args: Args) -> Result:
                 report.scalars(rollout.global_step, dict(zip(EPISODE_TAGS, episode, strict=True)))
             report.bar.update(args.num_envs)
 
+            global_step, at_end = rollout.global_step, rollout.global_step >= args.total_timesteps
+            # Before this pass learns: a target update at the same step would hide how far the target network lags.
+            if due(args.log_frequency, global_step, args.num_envs) or at_end:
+                diagnostics = learner.diagnostics()
+                diverged = "learning diverged; lower --learning-rate or set --max-grad-norm"
+                check_finite(global_step, diverged, loss=diagnostics.get("losses/td_loss", 0.0))
+                report.progress(global_step, epsilon, learner.learning_rate, diagnostics)
+
             # The steps of this pass one by one, so that learning keeps its ratio to acting, and its order, for any N.
-            for step in range(global_step + 1, rollout.global_step + 1):
+            for step in range(global_step - args.num_envs + 1, global_step + 1):
                 if step > learner.learning_starts and due(args.train_frequency, step):
                     if args.anneal_lr:
                         learner.learning_rate = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, step)
@@ -1225,12 +1233,6 @@ def train(args: Args) -> Result:
                 if due(args.target_network_frequency, step):
                     sync_target(learner.target_parameters, learner.parameters.data, args.tau)
 
-            global_step, at_end = rollout.global_step, rollout.global_step >= args.total_timesteps
-            if due(args.log_frequency, global_step, args.num_envs) or at_end:
-                diagnostics = learner.diagnostics()
-                diverged = "learning diverged; lower --learning-rate or set --max-grad-norm"
-                check_finite(global_step, diverged, loss=diagnostics.get("losses/td_loss", 0.0))
-                report.progress(global_step, epsilon, learner.learning_rate, diagnostics)
             if due(args.checkpoint_frequency, global_step, args.num_envs) and not at_end:
                 report.checkpoint(parts)
 

@@ -83,6 +83,11 @@ def test_the_log_holds_every_tag(in_tmp):
     assert b"train_frequency" in plugins["_hparams_/session_start_info"].plugin_data.content
 
 
+def test_the_logged_lag_is_that_before_a_hard_update_of_the_same_step(in_tmp):
+    log = read_log(train(Args(**SHORT, target_network_frequency=100)).run_dir)
+    assert all(event.value > 0 for event in log.Scalars("target/lag"))
+
+
 def test_logged_returns_and_lengths_are_those_of_the_episodes(in_tmp):
     settings = SHORT | dict(num_envs=3, env_id="MountainCar-v0", total_timesteps=2000, learning_starts=1900)
     log = read_log(train(Args(**settings)).run_dir)
