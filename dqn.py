@@ -1188,12 +1188,16 @@ def train(args: Args) -> Result:
             path.replace(run_dir / CHECKPOINT)  # where the one before the newest was named
             say(f"resumed       at step {rollout.global_step:,}")
         begun, saved = "replay" in saved, None  # its tensors were mapped from disk; let go of the file
-        if begun and not rollout.come_back(interrupted):
+
+        def unfinished() -> bool:
+            return rollout.global_step < args.total_timesteps and report.best_return < args.stop_return
+
+        if begun and unfinished() and not rollout.come_back(interrupted):
             if interrupted:
                 return None
             say("the environments did not come back to the state they were in: not exact from here on")
             rollout.reset()
-        if not begun:
+        if not begun and unfinished():
             if rollout.global_step:
                 say("not exact: checkpoints have no replay buffer, so it is filled anew before learning goes on")
             learner.learning_starts = rollout.global_step + args.learning_starts
@@ -1202,7 +1206,7 @@ def train(args: Args) -> Result:
                 report.checkpoint(parts)
         report.since = time.perf_counter()
 
-        while rollout.global_step < args.total_timesteps and report.best_return < args.stop_return and not interrupted:
+        while unfinished() and not interrupted:
             global_step = rollout.global_step
             if due(args.eval_frequency, global_step, args.num_envs) and global_step > report.evaluated:
                 report.evaluate(global_step, learner.q_network, eval_envs, args.eval_episodes, interrupted)

@@ -212,8 +212,9 @@ def test_content_of_another_program_is_refused(change, stopped):
     assert snapshot(stopped) == before
 
 
-def test_a_run_that_has_ended_is_not_touched_and_can_be_trained_longer(in_tmp, capsys):
-    first = train(Args(**SHORT))
+@pytest.mark.parametrize("checkpoint_replay", [True, False])
+def test_a_run_that_has_ended_is_not_touched_and_can_be_trained_longer(checkpoint_replay, in_tmp, capsys):
+    first = train(Args(**SHORT, checkpoint_replay=checkpoint_replay))
     before = snapshot(first.run_dir)
     again = train(Args(resume=str(first.run_dir)))
     assert again.final_returns.tolist() == first.final_returns.tolist()
