@@ -1156,6 +1156,8 @@ def train(args: Args) -> Result:
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the run ended in order before.
     """
     saved = {}
+    if args.evaluate is not None:
+        raise UsageError(f"{flag(args, 'evaluate')}: is for play(args), which trains nothing")
     if args.resume is not None:
         args, path, saved = existing_run(args)
     validate(args)

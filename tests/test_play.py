@@ -93,6 +93,11 @@ def test_evaluate_records_the_same_episodes_as_videos(run_dir, cli, tmp_path):
         assert np.std(frames[0]) > 0
 
 
+def test_what_is_to_be_evaluated_is_not_trained(run_dir, in_tmp):
+    with pytest.raises(UsageError, match=f"--evaluate {run_dir}: is for play"):
+        train(Args(evaluate=str(run_dir)))
+
+
 def test_a_window_needs_a_display(run_dir, cli, monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delitem(ENVIRONMENT, name, raising=False)
