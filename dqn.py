@@ -252,8 +252,8 @@ def validate(args: Args) -> None:
         if not holds(getattr(args, name), getattr(args, other)):
             raise UsageError(f"{flag(args, name)}: {right} {flag(args, other)}")
     for name, module in (("track", "wandb"), ("capture_video", "moviepy")):
-        found = importlib.util.find_spec(module) if getattr(args, name) else True
-        if found is None or (found is not True and found.origin is None):  # without origin: a mere folder of that name
+        found = importlib.util.find_spec(module)
+        if getattr(args, name) and (found is None or found.origin is None):  # without origin: a mere folder
             raise UsageError(f"{flag(args, name)}: {module} is not installed; pip install {module}")
     blind = sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
     for wrong, reason in ((args.evaluate is None, "shows a trained network; must come with --evaluate"),
@@ -1286,8 +1286,8 @@ class Agent:
                 flatten_parameters(network).detach().copy_(content["learner"]["parameters"])
             else:
                 network.load_state_dict(content["q_network"])
-        except (RuntimeError, KeyError) as error:
-            raise UsageError(f"{args.evaluate}: does not fit {args.env_id} as it is here: {error}") from None
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise UsageError(f"{flag(args, 'evaluate')}: does not fit {args.env_id} as it is here: {error}") from None
         self.device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
         self.q_network = network.to(self.device)
 
@@ -1313,7 +1313,7 @@ def play(args: Args) -> Evaluation:
     """Let the network of a run play greedy episodes and print what they returned; for --evaluate."""
     agent = Agent(args)
     args, path = agent.args, agent.path
-    # One environment after the other, so that an episode is the same whether it is shown or not.
+    # Each environment with a generator of its own, so that an episode is the same whether it is shown or not.
     ways = dataclasses.replace(args, vectorization="native" if args.vectorization == "native" else "sync")
     video = path.parent / "videos" / f"{path.stem}-seed-{args.seed}" if args.capture_video else None
     count = 1 if video or args.render else min(args.eval_episodes, FINAL_EPISODES)

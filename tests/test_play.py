@@ -133,8 +133,11 @@ def test_a_network_made_for_other_observations_is_refused(run_dir, in_tmp):
     content = torch.load(folder / MODEL)
     content["args"]["env_id"] = "LunarLander-v3"
     torch.save(content, folder / MODEL)
-    with pytest.raises(UsageError, match="does not fit LunarLander-v3 as it is here"):
+    with pytest.raises(UsageError, match=f"--evaluate {folder}: does not fit LunarLander-v3 as it is here"):
         load(folder)
+    torch.save(torch.load(folder / CHECKPOINT) | {"learner": None}, folder / CHECKPOINT)
+    with pytest.raises(UsageError, match="does not fit CartPole-v1 as it is here"):
+        load(folder, "last")
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "FrozenLake-v1", "Blackjack-v1", "environments:Space-dict-v0",
