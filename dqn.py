@@ -33,6 +33,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import math
@@ -47,7 +48,7 @@ import textwrap
 import threading
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Self
@@ -56,6 +57,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.envs.registration import load_env_creator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -93,6 +95,11 @@ class Environment:
     num_envs: int = 1  # environments stepped side by side
     vectorization: Literal["auto", "sync", "async", "native"] = "auto"  # in turn, in processes, or by their own code
     seed: int = 1  # seed of every random generator: one seed, one machine, one result
+    frame_stack: int = 1  # newest frames that make up an observation; before an episode's first frame they are zero
+    clip_rewards: bool = False  # learn from rewards clipped to [-1, 1]; returns are reported as they are
+    sticky_actions: float = 0.25  # Atari: probability, in each of a step's four frames, to repeat the action before
+    episodic_life: bool = False  # Atari: learn that a lost life ends the future; episodes stay whole games
+    full_action_space: bool = False  # Atari: all 18 actions instead of those that the game uses
 
 
 @dataclass(kw_only=True)
@@ -151,6 +158,8 @@ class Reporting:
     wandb_project_name: str = "dqn"  # project there
     wandb_entity: str | None = None  # team there
     cuda: bool = True  # use a GPU where there is one
+    compile: bool = torch.cuda.is_available()  # compile the gradient step; on a GPU it becomes one CUDA graph
+    amp: bool = False  # compute the network in bfloat16 while learning
     torch_deterministic: bool = True  # have cuDNN use deterministic kernels only
 
 
@@ -174,13 +183,14 @@ class Args(Existing, Reporting, Exploration, Network, Learning, Environment):
         return args
 
     def __post_init__(self) -> None:
-        for name, value in (TUNED.get(self.env_id, {}) if self.tuned else {}).items():
+        for name, value in tuned_settings(self.env_id, self.tuned).items():
             if name not in self._given:
                 setattr(self, name, value)
 
 
 SECTIONS = tuple(reversed(Args.__bases__))
 
+# By environment, or by the part of its id up to the slash.
 TUNED: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(
         total_timesteps=80_000, num_envs=8, learning_rate=2e-3, anneal_lr=True, buffer_size=80_000,
@@ -202,25 +212,33 @@ TUNED: dict[str, dict[str, Any]] = {
         learning_starts=2_000, train_frequency=2, n_step=3, double_q=True, hidden_sizes=(256, 256), layer_norm=True,
         exploration_fraction=0.3, eval_frequency=20_000,
     ),
+    "ALE/": dict(
+        total_timesteps=10_000_000, num_envs=16, frame_stack=4, clip_rewards=True, hidden_sizes=(512,),
+        learning_rate=1e-4, buffer_size=1_000_000, learning_starts=50_000, batch_size=128, train_frequency=16,
+        target_network_frequency=8_000, n_step=3, double_q=True, loss="huber", max_grad_norm=10.0,
+        exploration_fraction=0.1, end_e=0.01, eval_frequency=250_000, eval_episodes=16, eval_max_steps=27_000,
+        checkpoint_frequency=500_000,
+    ),
 }
 
 # What may be changed for a run that exists; anything else would be another experiment.
 OVERRIDES = {
     "resume": ("resume", "total_timesteps", "checkpoint_frequency", "checkpoint_replay", "eval_frequency",
                "eval_episodes", "eval_max_steps", "stop_return", "log_frequency", "save_model", "capture_video", "cuda",
-               "track", "wandb_project_name", "wandb_entity"),
+               "compile", "track", "wandb_project_name", "wandb_entity"),
     "evaluate": ("evaluate", "which", "render", "seed", "eval_episodes", "eval_max_steps", "vectorization",
-                 "capture_video", "cuda"),
+                 "capture_video", "cuda", "compile"),
 }
 
 # (what is right, its test, the settings it holds for)
 LIMITS = (
     ("must be at least 1", lambda v: v >= 1,
-     ("total_timesteps", "num_envs", "buffer_size", "batch_size", "train_frequency", "gradient_steps", "n_step",
-      "target_network_frequency", "eval_episodes", "eval_max_steps", "log_frequency")),
+     ("total_timesteps", "num_envs", "frame_stack", "buffer_size", "batch_size", "train_frequency", "gradient_steps",
+      "n_step", "target_network_frequency", "eval_episodes", "eval_max_steps", "log_frequency")),
     ("must be 0 or more", lambda v: v >= 0,
      ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency", "max_grad_norm")),
-    ("must lie in [0, 1]", lambda v: 0 <= v <= 1, ("gamma", "start_e", "end_e", "exploration_fraction")),
+    ("must lie in [0, 1]", lambda v: 0 <= v <= 1,
+     ("gamma", "start_e", "end_e", "exploration_fraction", "sticky_actions")),
     ("must lie in (0, 1]", lambda v: 0 < v <= 1, ("tau",)),
     ("must be a finite number above 0", lambda v: 0 < v < math.inf, ("learning_rate",)),
     ("must be a number above -inf", lambda v: v > -math.inf, ("stop_return",)),
@@ -234,6 +252,16 @@ RELATIONS = (
     ("n_step", "buffer_size", "must not be above", lambda steps, buffer: steps <= buffer),
     ("learning_starts", "total_timesteps", "would never learn; must be below", lambda start, end: start < end),
 )
+
+
+def tuned_settings(env_id: str, tuned: bool = True) -> dict[str, Any]:
+    """What TUNED holds for an environment; nothing where it is not to be used."""
+    name = env_id.rpartition(":")[2]
+    return (TUNED.get(name) or TUNED.get(name.partition("/")[0] + "/") or {}) if tuned else {}
+
+
+# Settings that only Atari games know.
+ATARI = ("sticky_actions", "episodic_life", "full_action_space")
 
 
 def flag(args: Args, name: str) -> str:
@@ -251,6 +279,9 @@ def validate(args: Args) -> None:
     for name, other, right, holds in RELATIONS:
         if not holds(getattr(args, name), getattr(args, other)):
             raise UsageError(f"{flag(args, name)}: {right} {flag(args, other)}")
+    for name in ATARI:
+        if getattr(args, name) != getattr(Environment, name) and "ALE/" not in args.env_id:
+            raise UsageError(f"{flag(args, name)}: only Atari games (ALE/...) have this; leave it out")
     for name, module in (("track", "wandb"), ("capture_video", "moviepy")):
         found = importlib.util.find_spec(module)
         if getattr(args, name) and (found is None or found.origin is None):  # without origin: a mere folder
@@ -274,8 +305,10 @@ TRAIN_ENVS, EVAL_ENVS, NETWORK, REPLAY, ACTIONS, PROBE, VIDEO, PLAY = range(8)  
 def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool = False) -> gym.vector.VectorEnv:
     """Create `num_envs` environments that step together: observations (N, *shape), actions (N,).
 
-    Spaces other than Box pass through Gymnasium's FlattenObservation. With `video`, the beginning of the files' names,
-    every episode is recorded; with `render` it is shown in a window.
+    Spaces other than Box pass through Gymnasium's FlattenObservation; a stack of frames is (N, frames, *shape). Atari
+    games are ale-py's own vectors: gray, 84 x 84, the maximum of two frames, each action for four frames, 1 to 30
+    no-ops at the start. With `video`, the beginning of the files' names, every episode is recorded; with `render` it is
+    shown in a window.
 
     Raises UsageError where the id is unknown, something is not installed, or DQN cannot learn the environment.
     """
@@ -298,18 +331,34 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool
                 signal.signal(number, signal.SIG_IGN)
         if video:
             env = gym.wrappers.RecordVideo(env, str(video.parent), lambda episode: True, name_prefix=video.name)
-        return env if isinstance(env.observation_space, spaces.Box) else gym.wrappers.FlattenObservation(env)
+        if atari:  # the same to the bit as ale-py's vectors
+            env = gym.wrappers.AtariPreprocessing(env)
+        if not isinstance(env.observation_space, spaces.Box):
+            env = gym.wrappers.FlattenObservation(env)
+        stacked = args.frame_stack > 1 or atari
+        return gym.wrappers.FrameStackObservation(env, args.frame_stack, padding_type="zero") if stacked else env
 
-    native = spec.vector_entry_point
-    settings = {"render_mode": "human" if render else "rgb_array"} if render or video else {}
+    native = str(spec.vector_entry_point)
+    atari = native.startswith("ale_py.")
+    settings: dict[str, Any] = {"render_mode": "human" if render else "rgb_array"} if render or video else {}
     mode = "sync" if settings else args.vectorization
     if mode == "auto":  # another package's own version may be another environment, with other observations
-        mode = "native" if str(native).startswith("gymnasium.") and num_envs >= NATIVE_FROM else "sync"
-    if mode == "native" and native is None:
-        raise UsageError(f"{flag(args, 'vectorization')}: {env_id} has no vectorised version; use sync, async or auto")
+        known = native.startswith("gymnasium.") and args.frame_stack == 1 and num_envs >= NATIVE_FROM
+        mode = "native" if atari or known else "sync"
+    if mode == "native" and (spec.vector_entry_point is None or (args.frame_stack > 1 and not atari)):
+        stacks = " that stacks frames" * (args.frame_stack > 1)
+        raise UsageError(f"{flag(args, 'vectorization')}: {env_id} has no vectorised version{stacks}; "
+                         "use sync, async or auto")
+    if atari:
+        settings |= {"repeat_action_probability": args.sticky_actions, "full_action_space": args.full_action_space}
+        settings |= {"frameskip": 1} if mode != "native" else {
+            "stack_num": args.frame_stack, "reward_clipping": False, "use_fire_reset": False}
     try:
+        made_by = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
+        if not atari and made_by and "continuous" in inspect.signature(made_by).parameters:
+            settings["continuous"] = False  # CarRacing has discrete actions, too
         if mode == "native":
-            envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point")
+            envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **settings)
             if not isinstance(envs.single_observation_space, spaces.Box):
                 envs = gym.wrappers.vector.FlattenObservation(envs)
         else:
@@ -338,76 +387,109 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool
     return envs
 
 
-class QNetwork(nn.Module):
-    """Q(s, ·) as a multi-layer perceptron over flattened observations.
+# Smallest side of an image -> channels, kernel and stride of each convolution: Mnih's, and Young & Tian's for MinAtar.
+CONVOLUTIONS = {36: ((32, 8, 4), (64, 4, 2), (64, 3, 1)), 3: ((16, 3, 1),)}
 
-    Without hidden layers Q is linear in the observation. `dueling` reads a state value V and advantages A from the
-    last layer, Q = V + A - mean(A) (Wang, equation 9).
+
+class QNetwork(nn.Module):
+    """Q(s, ·) as a multi-layer perceptron, for images on top of convolutions.
+
+    Images are observations of uint8 or bool with two or three dimensions, channels first or last, or stacks of them.
+    Bytes are scaled to [0, 1]. Without hidden layers Q is linear in what comes before. `dueling` reads a state value V
+    and advantages A from the last layer, Q = V + A - mean(A) (Wang, equation 9).
     """
 
-    def __init__(self, observation_shape: Sequence[int], num_actions: int, hidden_sizes: Sequence[int] = (120, 84),
-                 dueling: bool = False, layer_norm: bool = False) -> None:
+    def __init__(self, space: gym.spaces.Box, num_actions: int, hidden_sizes: Sequence[int] = (120, 84),
+                 dueling: bool = False, layer_norm: bool = False, frame_stack: int = 1, amp: bool = False) -> None:
         super().__init__()
-        sizes = (math.prod(observation_shape), *hidden_sizes)
+        self.dueling, self.amp = dueling, amp
+        self.scale = 1 / float(space.high.max()) if space.dtype == np.uint8 else 1.0
+        frame = space.shape[frame_stack > 1 :]
+        self.channels_last = len(frame) == 3 and frame[-1] <= frame[0]
+        height, width = (frame[:2] if self.channels_last else frame[-2:]) if len(frame) in (2, 3) else (0, 0)
+        sides = [side for side in CONVOLUTIONS if space.dtype in (np.uint8, np.bool_) and side <= min(height, width)]
+        channels = math.prod(space.shape) // (height * width) if sides else 0
+        self.shape = (channels, height, width) if sides else (math.prod(space.shape),)
+
+        def norm(kind: type[nn.Module], *sizes: int) -> list[nn.Module]:
+            return [kind(*sizes)] if layer_norm else []
+
         layers: list[nn.Module] = []
+        for outputs, kernel, stride in CONVOLUTIONS[sides[0]] if sides else ():
+            layers += [nn.Conv2d(channels, outputs, kernel, stride), *norm(nn.GroupNorm, 1, outputs), nn.ReLU()]
+            channels, height, width = outputs, (height - kernel) // stride + 1, (width - kernel) // stride + 1
+        sizes = (channels * height * width if sides else self.shape[0], *hidden_sizes)
+        layers.append(nn.Flatten())
         for inputs, outputs in itertools.pairwise(sizes):
-            layers += [nn.Linear(inputs, outputs), *([nn.LayerNorm(outputs)] if layer_norm else []), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], num_actions + dueling))
-        self.dueling = dueling
+            layers += [nn.Linear(inputs, outputs), *norm(nn.LayerNorm, outputs), nn.ReLU()]
+        self.layers, self.output = nn.Sequential(*layers), nn.Linear(sizes[-1], num_actions + dueling)
 
     def forward(self, observations: Tensor) -> Tensor:
         """Action values (B, actions) of a batch of observations (B, *shape) of any dtype."""
-        x = observations.reshape(len(observations), -1).float()
-        for layer in self.layers:
-            x = layer.forward(x)  # calling the layer itself would look for hooks: a third of the time to act
+        x = observations.movedim(-1, -3) if self.channels_last and len(self.shape) == 3 else observations
+        x = x.reshape(len(x), *self.shape).float()
+        if self.scale != 1:
+            x = x * self.scale
+        with torch.autocast(x.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
+            for layer in self.layers:
+                x = layer.forward(x)  # calling the layer itself would look for hooks: a third of the time to act
+        x = self.output.forward(x.float())
         return x[:, :1] + x[:, 1:] - x[:, 1:].mean(1, keepdim=True) if self.dueling else x
 
 
-def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Move a module's parameters, and their gradients, into one vector each; return that of the parameters.
+def make_network(args: Args, space: gym.spaces.Box, num_actions: int) -> QNetwork:
+    """The Q-network that the settings describe."""
+    return QNetwork(space, num_actions, args.hidden_sizes, args.dueling, args.layer_norm, args.frame_stack, args.amp)
 
-    The module goes on with views into the two vectors, so that Adam, a target update and a gradient norm become one
-    operation each instead of one per layer.
+
+def flatten_parameters(module: nn.Module) -> Tensor:
+    """Move a module's parameters into one vector and return it; the module goes on with views into it.
+
+    Adam, a target update and a norm become one operation each instead of one per layer.
     """
     parameters = list(module.parameters())
-    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, data, grad in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True):
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, data in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.data = data.view_as(parameter)
-        parameter.grad = grad.view_as(parameter)
     return flat
 
 
 class Adam:
-    """The optimiser of Kingma & Ba 2015 (algorithm 1) for one vector of parameters and its gradient.
+    """The optimiser of Kingma & Ba 2015 (algorithm 1) for one vector of parameters.
 
     It takes half the time of torch.optim.Adam(fused=True), whose first step also imports PyTorch's compiler (1.4 s).
+    What changes from step to step comes as a tensor, so that a step can be compiled.
     """
 
     STATE = ("steps", "mean", "square")
 
-    def __init__(self, parameters: nn.Parameter, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+    def __init__(self, parameters: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         self.parameters, self.betas, self.eps, self.steps = parameters, betas, eps, 0
-        self.mean, self.square = torch.zeros_like(parameters.data), torch.zeros_like(parameters.data)
+        self.mean, self.square = torch.zeros_like(parameters), torch.zeros_like(parameters)
 
-    def step(self, learning_rate: float) -> None:
-        """Move the parameters against their gradient."""
-        gradient, (beta1, beta2) = self.parameters.grad, self.betas
+    def rates(self, learning_rate: float) -> Tensor:
+        """Count a step; what makes up for the moments' start at zero (2,), the first one with the step size."""
         self.steps += 1
+        beta1, beta2 = self.betas
+        corrections = learning_rate / (1 - beta1**self.steps), 1 - beta2**self.steps
+        return torch.tensor(corrections, device=self.parameters.device)
+
+    def step(self, gradient: Tensor, rates: Tensor) -> None:
+        """Move the parameters against the gradient."""
+        beta1, beta2 = self.betas
         self.mean.lerp_(gradient, 1 - beta1)
         self.square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (self.square / (1 - beta2**self.steps)).sqrt_().add_(self.eps)
-        self.parameters.data.addcdiv_(self.mean, root, value=-learning_rate / (1 - beta1**self.steps))
+        root = (self.square / rates[1]).sqrt_().add_(self.eps).div_(rates[0])
+        self.parameters.addcdiv_(self.mean, root, value=-1)
 
 
 class Batch(NamedTuple):
     """B sampled transitions; with n-step returns, `rewards` and `discounts` span the m <= n steps that were walked."""
 
-    observations: Tensor  # (B, *shape)
+    observations: Tensor  # (B, *shape); from ReplayBuffer.index the slots that hold them, (B,) or (B, frames)
     actions: Tensor  # (B,) int64, from 0
     rewards: Tensor  # (B,) r_0 + gamma r_1 + ... + gamma^(m-1) r_(m-1)
-    next_observations: Tensor  # (B, *shape), m steps after observations
+    next_observations: Tensor  # the same, m steps after observations
     discounts: Tensor  # (B,) gamma^m, or 0 where the episode terminated
 
 
@@ -427,66 +509,90 @@ def available_memory() -> float:
 class ReplayBuffer:
     """The last `capacity` transitions, kept as the stream of time steps they came in.
 
-    A ring of rows (time) by N environments holds every observation once: the successor of a row is the next row.
-    Under NEXT_STEP autoreset the row after an episode's end holds the final observation, and the step from there only
-    resets the environment: such reset steps stay in the stream and are never sampled. The newest row is an observation
-    whose step is still to come. Arrays are flat, slot = row * N + environment. They are NumPy's because on a CPU an
+    A ring of rows (time) by N environments holds every frame once: the successor of a row is the next row, and a stack
+    is put together from the rows before. Under NEXT_STEP autoreset the row after an episode's end holds the final
+    observation, and the step from there only resets the environment: such reset steps stay in the stream and are never
+    sampled. The newest row is an observation whose step is still to come. Arrays are flat, slot = row * N +
+    environment. Frames are on the device that learns, if they fit there. The rest is NumPy's, because on a CPU an
     operation on a batch of indices costs PyTorch several times as much.
 
     Raises UsageError before anything is allocated if memory does not suffice.
     """
 
-    STATE = ("row", "filled", "observations", "actions", "rewards", "terminated", "ended")
+    STATE = ("row", "filled", "frames", "actions", "rewards", "terminated", "ended")
 
     def __init__(self, capacity: int, num_envs: int, observation_space: gym.spaces.Box, num_actions: int,
-                 n_step: int = 1, gamma: float = 0.99, device: torch.device | str = "cpu") -> None:
+                 n_step: int = 1, gamma: float = 0.99, frame_stack: int = 1, clip_rewards: bool = False,
+                 device: torch.device | str = "cpu") -> None:
         # Three rows of steps at least: two resets can meet, then comes a real step, so there is always one to sample.
-        self.num_envs, self.num_rows = num_envs, max(math.ceil(capacity / num_envs), 3) + 1
-        self.num_slots, self.device = self.num_rows * num_envs, device
+        self.num_envs, self.num_rows = num_envs, max(math.ceil(capacity / num_envs), 3) + frame_stack
+        self.num_slots, self.frame_stack, self.device = self.num_rows * num_envs, frame_stack, torch.device(device)
+        self.clip_rewards = clip_rewards
+        shape = observation_space.shape[frame_stack > 1 :]
         floating = np.issubdtype(observation_space.dtype, np.floating)
-        observation = np.dtype(np.float32 if floating else observation_space.dtype)  # of all dtypes only floats change
+        frame = np.dtype(np.float32 if floating else observation_space.dtype)  # of all dtypes only floats change
         action = np.min_scalar_type(num_actions - 1)
-        slot_bytes = observation.itemsize * math.prod(observation_space.shape) + action.itemsize + 4 + 1 + 1
+        frame_bytes, rest_bytes = frame.itemsize * math.prod(shape), action.itemsize + 4 + 1 + 1
+        place = self.device
+        if place.type == "cuda" and self.num_slots * frame_bytes > 0.8 * torch.cuda.mem_get_info(place)[0]:
+            place = torch.device("cpu")
+        slot_bytes = rest_bytes + frame_bytes * (place.type == "cpu")
         needed, free = self.num_slots * slot_bytes, available_memory()
         if needed > free:
             raise UsageError(f"--buffer-size {capacity}: the replay buffer needs {needed / 2**30:,.1f} GiB, "
                              f"{free / 2**30:,.1f} GiB are free; must be below {int(free / slot_bytes):,}")
-        self.observations = np.zeros((self.num_slots, *observation_space.shape), observation)
+        # The last one stays blank: what a stack has before its episode's first frame.
+        self.dtype = torch.from_numpy(np.zeros(0, frame)).dtype
+        self.frames = torch.zeros((self.num_slots + (frame_stack > 1), *shape), dtype=self.dtype, device=place)
+        self.host = self.frames.numpy() if place.type == "cpu" else None  # the same memory
         self.actions, self.rewards = np.zeros(self.num_slots, action), np.zeros(self.num_slots, np.float32)
-        self.terminated, self.ended = np.zeros((2, self.num_slots), bool)  # ended: terminated or truncated
+        # terminated: the TD target does not bootstrap. ended: the next step only resets.
+        self.terminated, self.ended = np.zeros((2, self.num_slots), bool)
         self.row = 0  # of the newest observations
         self.filled = 0  # rows of complete steps, those just before `row`
         self.steps = np.arange(n_step)[:, None]  # (n, 1)
         self.strides = self.steps * num_envs
+        self.ages = np.arange(frame_stack - 1, -1, -1) * num_envs  # (frames,)
         self.powers = (gamma ** np.arange(n_step + 1)).astype(np.float32)  # (n + 1,)
 
-    @property
-    def newest(self) -> np.ndarray:
+    def newest(self) -> Tensor:
         """The newest observations (N, *shape): those to act on."""
-        return self.observations[self.row * self.num_envs :][: self.num_envs]
+        first = self.row * self.num_envs
+        if self.frame_stack == 1:
+            return self.frames[first : first + self.num_envs].to(self.device)
+        return self.look_up(torch.from_numpy(self.stack(first + np.arange(self.num_envs))))
 
     def used(self, name: str) -> int:
         """How many slots, from the first one on, hold something and are to be saved."""
-        return (self.filled + 1) * self.num_envs
+        return min((self.filled + self.frame_stack) * self.num_envs, self.num_slots)
 
     def reset(self, observations: np.ndarray) -> None:
         """Begin N episodes with their first observations (N, *shape); those that were under way are truncated."""
-        if not self.filled:
-            self.newest[...] = observations
-            return
-        nothing = np.zeros(self.num_envs, bool)
-        self.ended[(self.row * self.num_envs + np.arange(-self.num_envs, 0)) % self.num_slots] = True
-        self.add(nothing, nothing, nothing, nothing, observations)  # a reset step
+        if self.filled:
+            nothing = np.zeros(self.num_envs, bool)
+            self.ended[(self.row * self.num_envs + np.arange(-self.num_envs, 0)) % self.num_slots] = True
+            self.add(nothing, nothing, nothing, nothing, observations)  # a reset step
+        else:
+            self.put(observations)
 
-    def add(self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray,
+    def put(self, observations: np.ndarray) -> None:
+        """Write the newest frame of each environment, from observations (N, *shape)."""
+        newest = observations if self.frame_stack == 1 else observations[:, -1]
+        first = self.row * self.num_envs
+        if self.host is not None:
+            self.host[first : first + self.num_envs] = newest
+        else:
+            self.frames[first : first + self.num_envs].copy_(torch.from_numpy(newest))
+
+    def add(self, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, ended: np.ndarray,
             next_observations: np.ndarray) -> None:
         """Append what the step from the newest observations brought, (N,) each, and the observations it led to."""
         here = slice(self.row * self.num_envs, (self.row + 1) * self.num_envs)
         self.actions[here], self.rewards[here] = actions, rewards
-        self.terminated[here], self.ended[here] = terminated, terminated | truncated
+        self.terminated[here], self.ended[here] = terminated, ended
         self.row = (self.row + 1) % self.num_rows
-        self.filled = min(self.filled + 1, self.num_rows - 1)
-        self.newest[...] = next_observations
+        self.filled = min(self.filled + 1, self.num_rows - self.frame_stack)
+        self.put(next_observations)
 
     def draw(self, size: int, rng: np.random.Generator) -> np.ndarray:
         """Uniform slots (size,) of real steps, with replacement."""
@@ -498,29 +604,58 @@ class ReplayBuffer:
             slots[is_reset] = rng.integers(oldest, self.row * self.num_envs, resets)
         return slots
 
-    def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
-        """Transitions drawn uniformly from all real steps in the stream; the newest can be among them at once.
+    def stack(self, slots: np.ndarray) -> np.ndarray:
+        """Of observations (B,), the slots (B, frames) of their frames, oldest first; (B,) without stacks."""
+        if self.frame_stack == 1:
+            return slots
+        frames = slots[:, None] - self.ages
+        # An episode's first frame is two rows after the step that ended the one before. What is older is blank.
+        first = self.ended.take(frames[:, 1:] - 2 * self.num_envs, mode="wrap")
+        older = np.logical_or.accumulate(first[:, ::-1], axis=1)[:, ::-1]
+        frames %= self.num_slots
+        frames[:, :-1][older] = self.num_slots
+        return frames
 
-        From each, walk up to n steps and stop where the episode ended or the stream does (Sutton). Truncation, and
-        the stream's end, bootstrap from the observation where the walk stopped (Pardo, section 2.2).
+    def look_up(self, slots: Tensor) -> Tensor:
+        """The observations (B, *shape) whose frames are in slots (B,) or (B, frames)."""
+        return self.frames[slots.to(self.frames.device)].to(self.device)
+
+    def index(self, batch_size: int, rng: np.random.Generator) -> Batch:
+        """A sample that still has slots for its observations.
+
+        Transitions are drawn uniformly from all real steps in the stream; the newest can be among them at once. From
+        each, walk up to n steps and stop where the future ends or the stream does (Sutton). Truncation, and the
+        stream's end, bootstrap from the observation where the walk stopped (Pardo, section 2.2).
         """
         slots = self.draw(batch_size, rng)
         walk = slots + self.strides  # (n, B)
         stops = self.ended.take(walk, mode="wrap")
+        stops |= self.terminated.take(walk, mode="wrap")
         stops |= walk >= (self.row - 1) * self.num_envs  # the newest step
         stops[-1] = True
         last = stops.argmax(0)  # (B,) number of the step that each walk stops with
         rewards = self.rewards.take(walk, mode="wrap")
+        if self.clip_rewards:
+            np.clip(rewards, -1, 1, out=rewards)
         rewards *= self.powers[:-1, None]
         end = slots + last * self.num_envs
         arrays = (
-            self.observations.take(slots, 0),
+            self.stack(slots),
             self.actions[slots].astype(np.int64),
             (rewards * (self.steps <= last)).sum(0),
-            self.observations.take(end + self.num_envs, 0),
+            self.stack(end + self.num_envs),
             self.powers[last + 1] * ~self.terminated[end],
         )
         return Batch(*(torch.from_numpy(array).to(self.device) for array in arrays))
+
+    def gather(self, index: Batch) -> Batch:
+        """What `index` drew, with observations in place of their slots."""
+        return index._replace(observations=self.look_up(index.observations),
+                              next_observations=self.look_up(index.next_observations))
+
+    def sample(self, batch_size: int, rng: np.random.Generator) -> Batch:
+        """Transitions drawn uniformly."""
+        return self.gather(self.index(batch_size, rng))
 
 
 def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
@@ -556,55 +691,126 @@ def sync_target(target: Tensor, online: Tensor, tau: float) -> None:
     target.lerp_(online, tau)
 
 
+class CudaGraph:
+    """A function of tensors on a GPU that becomes one CUDA graph, a single launch, at its fourth call."""
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the function returns; its tensors are overwritten by the next call."""
+        self.calls += 1
+        if self.calls < 4:  # libraries set themselves up in the first calls, which a graph must not contain
+            self.stream = torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.calls == 4:
+            self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        for place, tensor in zip(self.inputs, inputs, strict=True):
+            place.copy_(tensor)
+        self.graph.replay()
+        return self.outputs
+
+
 class Learner:
     """The two networks, the optimiser and the replay buffer: all that learning changes."""
 
-    STATE = ("parameters", "target_parameters", "gradient", "optimizer", "learning_rate", "learning_starts",
-             "actions_rng", "replay_rng", "loss", "q_values", "probe", "probe_targets")
+    STATE = ("parameters", "target_parameters", "optimizer", "learning_rate", "learning_starts", "learned_step",
+             "actions_rng", "replay_rng", "loss", "q_values", "gradient", "probe", "probe_targets")
 
     def __init__(self, args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> None:
         self.args, self.device = args, device
         space, self.num_actions = envs.single_observation_space, int(envs.single_action_space.n)
         self.replay = ReplayBuffer(args.buffer_size, args.num_envs, space, self.num_actions, args.n_step, args.gamma,
-                                   device)
+                                   args.frame_stack, args.clip_rewards, device)
         with torch.random.fork_rng(devices=[]):  # PyTorch initialises layers from its global generator only
             torch.manual_seed(derive_seed(args.seed, NETWORK))
-            network = QNetwork(space.shape, self.num_actions, args.hidden_sizes, args.dueling, args.layer_norm)
+            network = make_network(args, space, self.num_actions)
         self.q_network = network.to(device)
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
         self.parameters = flatten_parameters(self.q_network)
-        self.learning_rate, self.learning_starts = args.learning_rate, args.learning_starts
-        self.target_parameters = flatten_parameters(self.target_network).detach()
-        self.gradient = self.parameters.grad
+        self.target_parameters = flatten_parameters(self.target_network)
         self.optimizer = Adam(self.parameters)
+        self.leaves = list(self.q_network.parameters())
+        self.learning_rate, self.learning_starts, self.learned_step = args.learning_rate, args.learning_starts, 0
         self.actions_rng = np.random.default_rng(derive_seed(args.seed, ACTIONS))
         self.replay_rng = np.random.default_rng(derive_seed(args.seed, REPLAY))
-        self.loss = self.q_values = None  # of the last gradient step
+        self.loss = self.q_values = self.gradient = None  # of the last gradient step
         self.probe = self.probe_targets = None  # a fixed batch, and the TD targets it had at the last log
 
-    def act(self, observations: np.ndarray, epsilon: float) -> np.ndarray:
+    def act(self, observations: Tensor, epsilon: float) -> np.ndarray:
         """Epsilon-greedy actions (N,), counted from 0, for observations (N, *shape); epsilon holds for each one."""
         coins, choices = self.actions_rng.random((2, len(observations)))
         actions = (choices * self.num_actions).astype(np.int64)
         greedy = coins >= epsilon
         if np.count_nonzero(greedy):
             with torch.no_grad():
-                q_values = self.q_network(torch.from_numpy(observations).to(self.device))
+                q_values = self.q_network(observations)
             actions = np.where(greedy, q_values.cpu().numpy().argmax(1), actions)
         return actions
 
-    def gradient_step(self) -> None:
-        """One step of Adam on the loss between Q(s, a) and the TD targets of a batch."""
-        batch = self.replay.sample(self.args.batch_size, self.replay_rng)
+    def update(self, rates: Tensor, *index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of Adam, at its `rates`, on the loss between Q(s, a) and the TD targets of what `index` drew.
+
+        Returns the loss, the values Q(s, a) (B, 1), and the gradient that Adam received.
+        """
+        batch = self.replay.gather(Batch(*index))
         targets = td_target(batch, self.q_network, self.target_network, self.args.double_q)
         q_values = self.q_network(batch.observations).gather(1, batch.actions[:, None])  # (B, 1)
         loss = LOSSES[self.args.loss](q_values, targets[:, None])
-        self.gradient.zero_()
-        loss.backward()
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.leaves)])
         if self.args.max_grad_norm:
-            self.gradient.mul_((self.args.max_grad_norm / self.gradient.norm()).clamp(max=1.0))
-        self.optimizer.step(self.learning_rate)
-        self.loss, self.q_values = loss.detach(), q_values.detach()
+            gradient *= (self.args.max_grad_norm / gradient.norm()).clamp(max=1.0)
+        self.optimizer.step(gradient, rates)
+        return loss.detach(), q_values.detach(), gradient
+
+    def gradient_step(self) -> None:
+        """Draw a batch and learn from it."""
+        index = self.replay.index(self.args.batch_size, self.replay_rng)
+        rates = self.optimizer.rates(self.learning_rate)
+        self.loss, self.q_values, self.gradient = self.update(rates, *index)
+
+    def compile(self) -> None:
+        """Make `update` one compiled function, on a GPU one CUDA graph; where that fails, say so and leave it."""
+        say("compiling     the gradient step, which can take a minute")
+        import torch._dynamo
+
+        update = torch.compile(self.update, fullgraph=True)
+        update = CudaGraph(update) if self.device.type == "cuda" else update
+        slots = np.zeros(self.args.batch_size, np.int64)
+        arrays = (self.replay.stack(slots), slots, np.float32(slots), self.replay.stack(slots), np.float32(slots))
+        index = [torch.from_numpy(array).to(self.device) for array in arrays]
+        rates = torch.tensor((0.0, 1.0), device=self.device)  # the calls that compile move nothing
+        try:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):
+                for _ in range(5):
+                    update(rates, *index)
+            self.update = update
+        except Exception as error:
+            say(f"--compile: goes on without, {' '.join(str(error).split()):.200}")
+        self.optimizer.mean.zero_()
+        self.optimizer.square.zero_()
+
+    def learn(self, until: int) -> None:
+        """Take the gradient steps and target updates that are due up to the environment step `until`.
+
+        One environment step after the other, so that learning keeps its ratio to acting, and its order, for any N.
+        """
+        args = self.args
+        for step in range(self.learned_step + 1, until + 1):
+            if step > self.learning_starts and due(args.train_frequency, step):
+                if args.anneal_lr:
+                    self.learning_rate = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, step)
+                for _ in range(args.gradient_steps):
+                    self.gradient_step()
+            if due(args.target_network_frequency, step):
+                sync_target(self.target_parameters, self.parameters, args.tau)
+        self.learned_step = until
 
     def diagnostics(self) -> dict[str, float]:
         """TensorBoard's tags and values for the last gradient step; none before the first."""
@@ -613,7 +819,7 @@ class Learner:
         if self.probe is None:
             rng = np.random.default_rng(derive_seed(self.args.seed, PROBE))
             self.probe = list(self.replay.sample(self.args.batch_size, rng))
-        lag = (self.parameters.detach() - self.target_parameters).norm() / self.parameters.detach().norm()
+        lag = (self.parameters - self.target_parameters).norm() / self.parameters.norm()
         values = {"losses/td_loss": self.loss, "losses/q_values": self.q_values.mean(),
                   "losses/grad_norm": self.gradient.norm(), "target/lag": lag}
         targets = self.probe_targets
@@ -631,44 +837,65 @@ class Rollout:
     waits for an episode as long as the journal.
     """
 
-    STATE = ("global_step", "passes", "reset_step", "journal", "returns", "lengths", "ended")
+    STATE = ("global_step", "passes", "reset_step", "journal", "returns", "lengths", "ended", "lives")
 
     def __init__(self, args: Args, envs: gym.vector.VectorEnv, replay: ReplayBuffer) -> None:
-        self.seed, self.envs, self.replay = args.seed, envs, replay
+        self.seed, self.episodic_life, self.envs, self.replay = args.seed, args.episodic_life, envs, replay
+        halves = (("send", "recv"), ("step_async", "step_wait"))  # of a step that runs without Python's lock
+        self.halves = next(((getattr(envs, a), getattr(envs, b)) for a, b in halves if hasattr(envs, a)), None)
+        self.first_action = envs.single_action_space.start
         self.global_step = 0  # environment steps taken, over all environments
         self.journal = np.zeros((10 * JOURNAL_PASSES, envs.num_envs), replay.actions.dtype)
         self.passes, self.reset_step = 0, 0  # steps of each environment since the last reset; global_step then
         self.returns, self.lengths = np.zeros((2, envs.num_envs))  # of the episodes under way
         self.ended = np.zeros(envs.num_envs, bool)  # where the next step only resets
+        self.lives = np.zeros(envs.num_envs, np.int64)  # left in an Atari game
 
     def used(self, name: str) -> int | None:
         """How much of an array is to be saved, None = all."""
         return self.passes if name == "journal" else None
 
-    def begin(self) -> np.ndarray:
-        """Reset all environments with a seed that `reset_step` gives; the first observations (N, *shape)."""
-        return self.envs.reset(seed=derive_seed(self.seed, TRAIN_ENVS, self.reset_step))[0]
+    def begin(self) -> tuple[np.ndarray, np.ndarray | int]:
+        """Reset all environments with a seed that `reset_step` gives; the first observations (N, *shape), and lives."""
+        observations, infos = self.envs.reset(seed=derive_seed(self.seed, TRAIN_ENVS, self.reset_step))
+        return observations, infos.get("lives", 0)
 
     def reset(self) -> None:
         """Begin new episodes; those under way are truncated and count in no statistic."""
         self.reset_step, self.passes = self.global_step, 0
         self.returns[:], self.lengths[:], self.ended[:] = 0, 0, False
-        self.replay.reset(self.begin())
-        check_finite(self.global_step, FAULTY, observations=self.replay.newest)
+        observations, self.lives[:] = self.begin()
+        check_finite(self.global_step, FAULTY, observations=observations)
+        self.replay.reset(observations)
 
-    def step(self, actions: np.ndarray) -> Iterator[tuple[float, float]]:
-        """Take a step with actions (N,), counted from 0; return and length of each episode that it ended."""
+    def step(self, actions: np.ndarray, meanwhile: Callable[[], None]) -> list[tuple[float, float]]:
+        """Take a step with actions (N,), counted from 0; return and length of each episode that it ended.
+
+        `meanwhile` is called while the environments move, where they can do that at the same time; it must not depend
+        on what the step brings.
+        """
         self.journal[self.passes] = actions
         self.passes += 1
         self.global_step += len(actions)
-        observations, rewards, terminated, truncated, _ = self.envs.step(actions + self.envs.single_action_space.start)
-        self.replay.add(actions, rewards, terminated, truncated, observations)
-        check_finite(self.global_step, FAULTY, observations=self.replay.newest, rewards=rewards)
+        shifted = actions + self.first_action
+        if self.halves:
+            self.halves[0](shifted)
+            meanwhile()
+            observations, rewards, terminated, truncated, infos = self.halves[1]()
+        else:
+            meanwhile()
+            observations, rewards, terminated, truncated, infos = self.envs.step(shifted)
+        check_finite(self.global_step, FAULTY, observations=observations, rewards=rewards)
+        ended = terminated | truncated
+        if self.episodic_life:
+            terminated = terminated | (infos["lives"] < self.lives)
+            self.lives[:] = infos["lives"]
+        self.replay.add(actions, rewards, terminated, ended, observations)
         self.returns += rewards
         self.lengths += 1
         if np.count_nonzero(self.ended):
             self.returns[self.ended] = self.lengths[self.ended] = 0  # there the step was a reset
-        self.ended[:] = terminated | truncated
+        self.ended[:] = ended
         episodes = np.flatnonzero(self.ended) if np.count_nonzero(self.ended) else ()
         finished = [(float(self.returns[i]), float(self.lengths[i])) for i in episodes]
         if self.passes % JOURNAL_PASSES == 0 and (self.lengths.max() < self.passes or self.passes == len(self.journal)):
@@ -677,14 +904,14 @@ class Rollout:
 
     def come_back(self, interrupted: Sequence[int]) -> bool:
         """Bring new environments to where the saved ones were; whether rewards and observations are the same."""
-        observations, same, first_action = self.begin(), True, self.envs.single_action_space.start
+        (observations, _), same = self.begin(), True
         for age, actions in zip(range(self.passes, 0, -1), self.journal, strict=False):
             if interrupted:
                 return False
-            observations, rewards, *_ = self.envs.step(actions + first_action)
+            observations, rewards, *_ = self.envs.step(actions + self.first_action)
             slots = (self.replay.row - age) * len(actions) + np.arange(len(actions))
             same &= age > self.replay.filled or np.array_equal(self.replay.rewards[slots], rewards.astype(np.float32))
-        return same and np.array_equal(self.replay.newest, observations.astype(self.replay.newest.dtype))
+        return same and torch.equal(self.replay.newest().cpu(), torch.from_numpy(observations).to(self.replay.dtype))
 
 
 class Evaluation(NamedTuple):
@@ -728,22 +955,23 @@ def evaluate(q_network: nn.Module, envs: gym.vector.VectorEnv, episodes: int, se
     return Evaluation(*np.concatenate(rounds, axis=1))
 
 
-def pack(value: Any) -> Any:
+def pack(value: Any, used: int | None = None) -> Any:
     """What an object's STATE names, as tensors (sharing memory), numbers, strings, lists and dicts.
 
     A checkpoint holds nothing else, and torch.load(weights_only=True) accepts nothing else: it cannot run code.
     """
     if hasattr(value, "STATE"):
         used = getattr(value, "used", lambda name: None)
-        arrays = {name: getattr(value, name) for name in value.STATE}
-        return {name: pack(v[: used(name)] if isinstance(v, np.ndarray) else v) for name, v in arrays.items()}
+        return {name: pack(getattr(value, name), used(name)) for name in value.STATE}
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()  # of a slice, PyTorch would save the whole
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
+        return torch.from_numpy(value[:used] if value.ndim else value)
     if isinstance(value, np.random.Generator):
         return value.bit_generator.state
     if isinstance(value, nn.Module):
         return value.state_dict()
-    return value.detach() if isinstance(value, Tensor) else value
+    return [pack(item) for item in value] if isinstance(value, list) else value
 
 
 def unpack(current: Any, saved: Any, device: torch.device) -> Any:
@@ -754,7 +982,7 @@ def unpack(current: Any, saved: Any, device: torch.device) -> Any:
     elif isinstance(current, np.ndarray):
         current[: len(saved)] = saved.numpy()
     elif isinstance(current, Tensor):
-        current.detach().copy_(saved)
+        (current[: len(saved)] if saved.ndim else current).copy_(saved)
     elif isinstance(current, np.random.Generator):
         current.bit_generator.state = saved
     elif isinstance(current, nn.Module):
@@ -1075,8 +1303,7 @@ class Report:
 
 def describe(args: Args) -> str:
     """The settings in force, by section; a star marks those that TUNED brought."""
-    tuned = TUNED.get(args.env_id, {}) if args.tuned else {}
-    lines = []
+    tuned, lines = tuned_settings(args.env_id, args.tuned), []
     for section in SECTIONS[:-1]:
         names = (field.name for field in dataclasses.fields(section))
         words = ", ".join(flag(args, n)[2:] + "*" * ((n, getattr(args, n)) in tuned.items()) for n in names)
@@ -1131,7 +1358,8 @@ FAULTY = "the environment returned NaN or infinity"
 def check_finite(step: int, reason: str, **values: np.ndarray | float) -> None:
     """Raise TrainingError if one of the values is NaN or infinite."""
     for name, value in values.items():
-        if np.count_nonzero(np.isfinite(value)) < np.size(value):  # half the time of all()
+        whole = isinstance(value, np.ndarray) and value.dtype.kind != "f"  # numbers, which are finite
+        if not whole and np.count_nonzero(np.isfinite(value)) < np.size(value):  # half the time of all()
             raise TrainingError(f"{name} not finite at step {step:,}: {reason}")
 
 
@@ -1176,6 +1404,8 @@ def train(args: Args) -> Result:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
         replay, rollout, report = learner.replay, Rollout(args, envs, learner.replay), Report(args, learner.q_network)
+        if args.compile and replay.frames.device == learner.parameters.device:
+            learner.compile()
         parts = {"learner": learner, "replay": replay, "rollout": rollout, "report": report}
         try:
             for name in parts.keys() & saved.keys():
@@ -1216,32 +1446,25 @@ def train(args: Args) -> Result:
             report.final_returns = []  # of a run that had ended
             decay_steps = args.exploration_fraction * args.total_timesteps
             epsilon = linear_schedule(args.start_e, args.end_e, decay_steps, global_step)
-            for episode in rollout.step(learner.act(replay.newest, epsilon)):
+            learn = functools.partial(learner.learn, global_step)  # what the steps so far owe
+            for episode in rollout.step(learner.act(replay.newest(), epsilon), meanwhile=learn):
                 report.recent = [*report.recent[-19:], episode[0]]
                 report.scalars(rollout.global_step, dict(zip(EPISODE_TAGS, episode, strict=True)))
             report.bar.update(args.num_envs)
 
             global_step, at_end = rollout.global_step, rollout.global_step >= args.total_timesteps
-            # Before this pass learns: a target update at the same step would hide how far the target network lags.
+            # Before what these steps owe: a target update among it would hide how far the target network lags.
             if due(args.log_frequency, global_step, args.num_envs) or at_end:
                 diagnostics = learner.diagnostics()
                 diverged = "learning diverged; lower --learning-rate or set --max-grad-norm"
                 check_finite(global_step, diverged, loss=diagnostics.get("losses/td_loss", 0.0))
                 report.progress(global_step, epsilon, learner.learning_rate, diagnostics)
 
-            # The steps of this pass one by one, so that learning keeps its ratio to acting, and its order, for any N.
-            for step in range(global_step - args.num_envs + 1, global_step + 1):
-                if step > learner.learning_starts and due(args.train_frequency, step):
-                    if args.anneal_lr:
-                        learner.learning_rate = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, step)
-                    for _ in range(args.gradient_steps):
-                        learner.gradient_step()
-                if due(args.target_network_frequency, step):
-                    sync_target(learner.target_parameters, learner.parameters.data, args.tau)
-
             if due(args.checkpoint_frequency, global_step, args.num_envs) and not at_end:
                 report.checkpoint(parts)
 
+        if rollout.global_step >= args.total_timesteps:
+            learner.learn(rollout.global_step)
         report.bar.close()
         report.lap(rollout.global_step)
         if not report.final_returns:
@@ -1280,10 +1503,10 @@ class Agent:
         with contextlib.closing(make_envs(args, 1)) as envs, contextlib.closing(gym.make(args.env_id)) as env:
             self.space, self.actions = envs.single_observation_space, envs.single_action_space
             self.unflattened = env.observation_space
-        network = QNetwork(self.space.shape, int(self.actions.n), args.hidden_sizes, args.dueling, args.layer_norm)
+        network = make_network(args, self.space, int(self.actions.n))
         try:
             if "learner" in content:
-                flatten_parameters(network).detach().copy_(content["learner"]["parameters"])
+                flatten_parameters(network).copy_(content["learner"]["parameters"])
             else:
                 network.load_state_dict(content["q_network"])
         except (RuntimeError, KeyError, TypeError) as error:
@@ -1343,7 +1566,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
                 defaults, shown = existing_run(Args(**vars(existing)), verify=False)[0], "that run"
             else:
                 defaults = Args(env_id=chosen.env_id, tuned=chosen.tuned)
-                known = chosen.tuned and chosen.env_id in TUNED
+                known = tuned_settings(chosen.env_id, chosen.tuned)
                 shown = f"the TUNED settings of {chosen.env_id}" if known else "plain DQN"
             parts = [s(**{f.name: getattr(defaults, f.name) for f in dataclasses.fields(s)}) for s in SECTIONS]
             parsed = tyro.cli(sections, args=argv, default=sections(*parts), config=(tyro.conf.OmitArgPrefixes,),

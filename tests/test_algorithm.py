@@ -91,9 +91,9 @@ def make_learner(**settings):
     learner = Learner(args, envs, torch.device("cpu"))
     learner.replay.reset(envs.reset(seed=0)[0])
     for _ in range(200):
-        actions = learner.act(learner.replay.newest, 1.0)
-        observations, *outcome, _ = envs.step(actions)
-        learner.replay.add(actions, *outcome, observations)
+        actions = learner.act(learner.replay.newest(), 1.0)
+        observations, rewards, terminated, truncated, _ = envs.step(actions)
+        learner.replay.add(actions, rewards, terminated, terminated | truncated, observations)
     return learner
 
 
@@ -102,8 +102,7 @@ def make_learner(**settings):
 def test_a_gradient_step_is_that_of_pytorch_on_the_loss_of_the_equation(settings):
     learner = make_learner(**settings)
     args = learner.args
-    reference = torch.optim.Adam([learner.parameters.data.clone()], lr=1e-3)
-    learner.parameters.grad.fill_(7.0)  # what an earlier step left must not count
+    reference = torch.optim.Adam([learner.parameters.clone()], lr=1e-3)
     batch = learner.replay.sample(16, np.random.default_rng(derive_seed(args.seed, 3)))  # what the step will draw
     with torch.no_grad():
         following = learner.target_network(batch.next_observations)
@@ -121,17 +120,17 @@ def test_a_gradient_step_is_that_of_pytorch_on_the_loss_of_the_equation(settings
     learner.learning_rate = 1e-3
     learner.gradient_step()
     assert torch.allclose(learner.loss, loss.detach(), rtol=1e-5)
-    assert torch.allclose(learner.parameters.grad, gradient, rtol=1e-4, atol=1e-7)
-    assert torch.allclose(learner.parameters.data, reference.param_groups[0]["params"][0], atol=1e-5)
+    assert torch.allclose(learner.gradient, gradient, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(learner.parameters, reference.param_groups[0]["params"][0], atol=1e-5)
 
 
 def test_a_gradient_step_leaves_the_target_network_alone():
     learner = make_learner()
-    target, online = learner.target_parameters.clone(), learner.parameters.data.clone()
+    target, online = learner.target_parameters.clone(), learner.parameters.clone()
     assert torch.equal(target, online)
     learner.gradient_step()
     assert torch.equal(learner.target_parameters, target)
-    assert not torch.equal(learner.parameters.data, online)
+    assert not torch.equal(learner.parameters, online)
     flat = torch.cat([parameter.flatten() for parameter in learner.target_network.parameters()])
     assert torch.equal(flat, learner.target_parameters)
 
@@ -141,13 +140,13 @@ def test_lag_and_drift_measure_the_target_network():
     assert learner.diagnostics() == {}
     learner.gradient_step()
     first = learner.diagnostics()
-    distance = (learner.parameters.data - learner.target_parameters).norm() / learner.parameters.data.norm()
+    distance = (learner.parameters - learner.target_parameters).norm() / learner.parameters.norm()
     assert first["target/lag"] == pytest.approx(distance.item())
     learner.gradient_step()
     assert learner.diagnostics()["target/drift"] == 0.0  # the target has not moved
     networks = learner.q_network, learner.target_network
     before = td_target(Batch(*learner.probe), *networks)
-    sync_target(learner.target_parameters, learner.parameters.data, 1.0)
+    sync_target(learner.target_parameters, learner.parameters, 1.0)
     after = learner.diagnostics()
     assert after["target/lag"] == 0.0
     drift = (td_target(Batch(*learner.probe), *networks) - before).abs().mean()
@@ -157,7 +156,7 @@ def test_lag_and_drift_measure_the_target_network():
 
 def test_each_environment_explores_with_probability_epsilon():
     learner = make_learner(num_envs=1)
-    observations = np.zeros((20_000, 4), np.float32)
+    observations = torch.zeros(20_000, 4)
     greedy = learner.act(observations, 0.0)
     assert (greedy == greedy[0]).all()
     explored = (learner.act(observations, 0.5) != greedy[0]).mean()
@@ -168,9 +167,9 @@ def test_the_forward_pass_is_skipped_where_every_environment_explores(monkeypatc
     learner = make_learner()
     calls = []
     monkeypatch.setattr(learner.q_network, "forward", lambda x: calls.append(1) or torch.zeros(len(x), 2))
-    learner.act(np.zeros((8, 4), np.float32), 1.0)
+    learner.act(torch.zeros(8, 4), 1.0)
     assert not calls
-    learner.act(np.zeros((8, 4), np.float32), 0.0)
+    learner.act(torch.zeros(8, 4), 0.0)
     assert calls
 
 

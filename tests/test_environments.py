@@ -59,9 +59,9 @@ def test_a_discrete_observation_becomes_one_hot():
     assert envs.reset(seed=0)[0].tolist() == [[1] + [0] * 15] * 2
 
 
-def test_another_packages_native_version_is_only_taken_when_asked_for():
-    args = Args(env_id="ALE/Pong-v5")
-    assert kind(args, 8) == "SyncVectorEnv"  # ale-py's own is another environment: gray, 84 x 84, stacked
+def test_atari_games_are_ale_pys_vectors_and_other_native_versions_are_only_taken_when_asked_for():
+    assert kind(Args(env_id="ALE/Pong-v5"), 1) == "AtariVectorEnv"
+    assert kind(Args(env_id="environments:SameStep-v0"), 8) == "SyncVectorEnv"
 
 
 @pytest.mark.parametrize("name", SPACES)

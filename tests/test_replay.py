@@ -25,8 +25,8 @@ def fill(num_envs, capacity, passes, n_step=1):
         stream.append([tuple(map(int, observations[e])) for e in range(num_envs) if not ended[e]])
         actions = np.full(num_envs, i % 4)
         observations, rewards, terminated, truncated, _ = envs.step(actions)
-        buffer.add(actions, rewards, terminated, truncated, observations)
         ended = terminated | truncated
+        buffer.add(actions, rewards, terminated, ended, observations)
     return buffer, stream
 
 
@@ -98,10 +98,10 @@ def test_a_reset_of_all_environments_truncates_what_was_under_way(passes, n_step
     buffer.reset(envs.reset()[0])
     last = []
     for i in range(1, 60):
-        observations, *outcome, _ = envs.step(np.zeros(3, int))
-        buffer.add(np.zeros(3, int), *outcome, observations)
+        observations, rewards, terminated, truncated, _ = envs.step(np.zeros(3, int))
+        buffer.add(np.zeros(3, int), rewards, terminated, terminated | truncated, observations)
         if i % passes == 0:
-            last = [*last, *map(tuple, buffer.newest.astype(int))]
+            last = [*last, *map(tuple, buffer.newest().int().tolist())]
             buffer.reset(envs.reset()[0])
     batch = buffer.sample(3000, np.random.default_rng(0))
     for (number, episode, step), (_, after, end), discount in zip(
@@ -122,9 +122,9 @@ def test_the_action_of_a_transition_is_kept():
     taken = {}
     for i in range(60):
         action = i * 7 % 4
-        taken[tuple(buffer.newest[0])] = action
-        observations, *outcome, _ = envs.step(np.array([action]))
-        buffer.add(np.array([action]), *outcome, observations)
+        taken[tuple(buffer.newest()[0].tolist())] = action
+        observations, rewards, terminated, truncated, _ = envs.step(np.array([action]))
+        buffer.add(np.array([action]), rewards, terminated, terminated | truncated, observations)
     batch = buffer.sample(500, np.random.default_rng(0))
     assert batch.actions.tolist() == [taken[tuple(observation)] for observation in batch.observations.tolist()]
 
@@ -136,7 +136,7 @@ def test_only_floats_change_their_dtype(dtype, stored):
     buffer = ReplayBuffer(10, 1, space, 2)
     buffer.reset(np.ones((1, 2), dtype))
     buffer.add(*np.zeros((4, 1), bool), np.ones((1, 2), dtype))
-    assert buffer.observations.dtype == stored
+    assert str(buffer.frames.dtype) == f"torch.{stored}"
     assert buffer.sample(3, np.random.default_rng(0)).observations.sum() == 6
 
 
@@ -144,7 +144,7 @@ def test_memory_is_within_three_percent_of_what_a_transition_holds():
     space = gym.spaces.Box(-1, 1, (4,), np.float32)
     for num_envs in (1, 8, 64):
         buffer = ReplayBuffer(10_000, num_envs, space, 2)
-        arrays = (buffer.observations, buffer.actions, buffer.rewards, buffer.terminated, buffer.ended)
+        arrays = (buffer.frames, buffer.actions, buffer.rewards, buffer.terminated, buffer.ended)
         transition_bytes = 4 * 4 + 1 + 4 + 2
         assert sum(array.nbytes for array in arrays) <= 1.03 * 10_000 * transition_bytes
 

@@ -25,8 +25,8 @@ def outcome(monkeypatch, **settings):
     log, replay = read_log(result.run_dir), learners[0].replay
     scalars = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
     del scalars["charts/SPS"]
-    arrays = [replay.observations, replay.actions, replay.rewards, replay.terminated, replay.ended]
-    return learners[0].parameters.data.clone(), arrays, result.evaluations, result.final_returns.tolist(), scalars
+    arrays = [replay.frames, replay.actions, replay.rewards, replay.terminated, replay.ended]
+    return learners[0].parameters.clone(), arrays, result.evaluations, result.final_returns.tolist(), scalars
 
 
 @pytest.mark.parametrize("settings", [dict(num_envs=1), dict(num_envs=3, n_step=3), dict(num_envs=8, dueling=True),
@@ -103,7 +103,7 @@ def test_the_model_file_rebuilds_the_best_network(in_tmp):
     saved = torch.load(result.run_dir / "model.pt", weights_only=True)
     args = Args(**saved["args"])
     assert (args.hidden_sizes, args.dueling, args.total_timesteps) == ((16,), True, 1200)
-    network = QNetwork((4,), 2, args.hidden_sizes, args.dueling, args.layer_norm)
+    network = QNetwork(make_envs(args, 1).single_observation_space, 2, args.hidden_sizes, args.dueling, args.layer_norm)
     network.load_state_dict(saved["q_network"])
     number = max(i for i, (step, mean) in enumerate(result.evaluations) if mean == result.best_return)
     episodes = 100 if number == 2 else 2
