@@ -117,7 +117,7 @@ def test_a_gradient_step_is_that_of_pytorch_on_the_loss_of_the_equation(settings
         gradient *= min(1.0, args.max_grad_norm / gradient.norm().item())
     reference.param_groups[0]["params"][0].grad = gradient
     reference.step()
-    learner.learning_rate = 1e-3
+    learner.learning_rate.fill_(1e-3)
     learner.gradient_step()
     assert torch.allclose(learner.loss, loss.detach(), rtol=1e-5)
     assert torch.allclose(learner.gradient, gradient, rtol=1e-4, atol=1e-7)

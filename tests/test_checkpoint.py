@@ -282,7 +282,7 @@ def test_without_its_replay_buffer_a_resumed_run_fills_it_before_it_learns(in_tm
     gradient_step = dqn.Learner.gradient_step
 
     def spy(self):
-        learned.append(self.optimizer.steps)
+        learned.append(self.optimizer.steps.item())
         held.append(self.replay.filled)
         gradient_step(self)
 

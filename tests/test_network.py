@@ -69,7 +69,7 @@ def test_adam_takes_pytorchs_steps():
                     parameter.grad.zero_()
             (network(observations) ** 2).mean().backward()
         gradient = torch.cat([parameter.grad.flatten() for parameter in ours.parameters()])
-        optimizer.step(gradient, optimizer.rates(learning_rate))
+        optimizer.step(gradient, torch.tensor(learning_rate))
         reference.step()
     expected = torch.cat([parameter.detach().flatten() for parameter in theirs.parameters()])
     assert torch.allclose(flat, expected, rtol=1e-4, atol=1e-6)
