@@ -1397,8 +1397,11 @@ def train(args: Args) -> Result:
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(caught_signals())
         envs = stack.enter_context(contextlib.closing(make_envs(args, args.num_envs)))
-        if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ()):
-            raise UsageError(f"{flag(args, 'capture_video')}: {args.env_id} does not render to rgb_array; leave it out")
+        if args.capture_video:
+            with contextlib.closing(gym.make(args.env_id)) as env:
+                if "rgb_array" not in env.metadata.get("render_modes", ()):
+                    raise UsageError(f"{flag(args, 'capture_video')}: {args.env_id} does not render to rgb_array; "
+                                     "leave it out")
         # One environment an episode, where that does not mean as many processes.
         count = min(args.eval_episodes, FINAL_EPISODES if args.vectorization != "async" else args.num_envs)
         eval_envs = stack.enter_context(contextlib.closing(make_envs(args, count)))
