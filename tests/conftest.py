@@ -1,10 +1,12 @@
 """What several test files share: running the script as a user would, and reading TensorBoard's files back."""
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,6 +43,19 @@ def in_tmp(tmp_path, monkeypatch):
     """Let runs/ go to an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def no_noops(monkeypatch):
+    """Atari games without the no-ops at their start, which every vectorization draws from a generator of its own."""
+    make_vec, preprocessing = gym.make_vec, gym.wrappers.AtariPreprocessing
+
+    def without(*arguments, vectorization_mode, **settings):
+        native = {"noop_max": 0} if vectorization_mode == "vector_entry_point" else {}
+        return make_vec(*arguments, vectorization_mode=vectorization_mode, **settings | native)
+
+    monkeypatch.setattr(gym, "make_vec", without)
+    monkeypatch.setattr(gym.wrappers, "AtariPreprocessing", functools.partial(preprocessing, noop_max=0))
 
 
 def read_log(run_dir):

@@ -94,6 +94,86 @@ class SameStep(gym.vector.SyncVectorEnv):
         super().__init__([Walk] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
+class Catch(gym.Env):
+    """A ball falls between two walls, the paddle below is to catch it: reward 1 for a catch, -1 for a miss.
+
+    An episode is one ball of twelve steps. The ball goes 9 pixels to the side with each, and bounces off the walls;
+    which way it goes only its movement shows. The paddle waits in the middle until the ball has fallen nine steps and
+    is above it; the last three can take it 9 pixels to a side each. The ball comes down three such moves from the
+    middle, so only three to the right side catch it, and one frame does not tell which side that is.
+    """
+
+    observation_space = spaces.Box(0, 255, (84, 84), np.uint8)
+    action_space = spaces.Discrete(3)  # left, stay, right
+
+    def observe(self):
+        frame = np.zeros((84, 84), np.uint8)
+        frame[6 * self.fallen : 6 * self.fallen + 6, self.ball - 2 : self.ball + 3] = 255
+        frame[80:, self.paddle - 4 : self.paddle + 5] = 255
+        return frame
+
+    @property
+    def ball(self):
+        side = self.offset + self.direction * 9 * (self.fallen - 9)  # of the middle, were there no walls
+        return 42 + (side if abs(side) <= 39 else 78 * np.sign(side) - side)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.offset, self.direction = self.np_random.integers(-4, 5), self.np_random.choice([-1, 1])
+        self.fallen, self.paddle = 0, 42
+        return self.observe(), {}
+
+    def step(self, action):
+        if self.fallen >= 9:
+            self.paddle += 9 * (action - 1)
+        self.fallen += 1
+        landed = self.fallen == 12
+        caught = landed and abs(self.paddle - self.ball) <= 4
+        return self.observe(), float(landed and 2 * caught - 1), landed, False, {}
+
+
+class Lives(gym.Env):
+    """Games of three lives, which end with steps 4, 8 and 12; the rewards of a game are 3, 2, 1, …, -8.
+
+    Its observation says which transition it is: (game, counted from 1, step).
+    """
+
+    observation_space = spaces.Box(0, 1e6, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self):
+        self.game = 0
+
+    def observe(self):
+        return np.array([self.game, self.taken], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.game, self.taken = self.game + 1, 0
+        return self.observe(), {"lives": 3}
+
+    def step(self, action):
+        self.taken += 1
+        return self.observe(), 4.0 - self.taken, self.taken == 12, False, {"lives": 3 - self.taken // 4}
+
+
+class Halves(gym.vector.SyncVectorEnv):
+    """A native vectorisation of CartPole whose step has two halves."""
+
+    def __init__(self, num_envs=1, **kwargs):
+        super().__init__([lambda: gym.make("CartPole-v1")] * num_envs)
+
+    def send(self, actions):
+        self.sent = actions.copy()
+
+    def recv(self):
+        return super().step(self.sent)
+
+    def step(self, actions):
+        self.send(actions)
+        return self.recv()
+
+
 SPACES = {
     "float64": spaces.Box(-np.inf, np.inf, (3,), np.float64),
     "float16": spaces.Box(-1, 1, (3,), np.float16),
@@ -110,9 +190,12 @@ SPACES = {
     "dict": spaces.Dict({"at": spaces.Box(-1, 1, (2, 2), np.float32), "key": spaces.MultiBinary(2)}),
 }
 
+gym.register("Catch-v0", entry_point=Catch)
 gym.register("Coded-v0", entry_point=Coded)
 gym.register("Walk-v0", entry_point=Walk)
 gym.register("Endless-v0", entry_point=Walk, kwargs={"limit": -1})
+gym.register("ALE/Lives-v0", entry_point=Lives)  # a name that lets it have the settings of Atari games
+gym.register("Halves-v0", entry_point=lambda: gym.make("CartPole-v1"), vector_entry_point=Halves)
 gym.register("Stuck-v0", entry_point=Walk, kwargs={"fault": "stuck"})
 gym.register("SameStep-v0", entry_point=Walk, vector_entry_point=SameStep)
 gym.register("Sentence-v0", entry_point=Walk, kwargs={"space": spaces.Sequence(spaces.Discrete(3))})

@@ -95,3 +95,14 @@ def test_settings_that_contradict_each_other_are_refused(settings):
 def test_the_limits_themselves_are_allowed():
     validate(Args(tuned=False, tau=1.0, gamma=1.0, start_e=0.5, end_e=0.5, buffer_size=128, batch_size=128))
     validate(Args(tuned=False, gamma=0.0, num_envs=1, n_step=1, learning_starts=0, eval_frequency=0, hidden_sizes=()))
+
+
+@pytest.mark.parametrize(("name", "value"), [("sticky_actions", 0.0), ("episodic_life", True),
+                                             ("full_action_space", True)])
+def test_what_only_atari_games_have_is_refused_elsewhere(name, value):
+    validate(Args(env_id="ALE/Pong-v5", **{name: value}))
+    for env_id in ("CartPole-v1", "environments:Walk-v0"):
+        with pytest.raises(UsageError) as error:
+            validate(Args(env_id=env_id, **{name: value}))
+        expected = f"--{name.replace('_', '-')} {value}: only Atari games (ALE/...) have this; leave it out"
+        assert str(error.value) == expected

@@ -25,6 +25,8 @@ BAD_INPUT = {
     "unusable observations": ("--env-id environments:Sentence-v0", "--env-id.*Sequence.*flatten"),
     "another autoreset": ("--env-id environments:SameStep-v0 --vectorization native", "--env-id.*SAME_STEP"),
     "no native version": ("--env-id MountainCar-v0 --vectorization native", "--vectorization native.*sync"),
+    "no native stacks": ("--frame-stack 4 --vectorization native", "--vectorization native.*that stacks frames"),
+    "an Atari setting elsewhere": ("--sticky-actions 0.1", "--sticky-actions 0.1.*only Atari games.*leave it out"),
     "no video": ("--env-id environments:Walk-v0 --capture-video", "--capture-video.*rgb_array"),
     "total-timesteps": ("--total-timesteps 0", "--total-timesteps 0.*at least 1"),
     "batch-size": ("--batch-size 0", "--batch-size 0.*at least 1"),

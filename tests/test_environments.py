@@ -4,6 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+import dqn
 from dqn import NATIVE_FROM, Args, Result, UsageError, make_envs, train
 from environments import SPACES
 
@@ -62,6 +63,78 @@ def test_a_discrete_observation_becomes_one_hot():
 def test_atari_games_are_ale_pys_vectors_and_other_native_versions_are_only_taken_when_asked_for():
     assert kind(Args(env_id="ALE/Pong-v5"), 1) == "AtariVectorEnv"
     assert kind(Args(env_id="environments:SameStep-v0"), 8) == "SyncVectorEnv"
+
+
+@pytest.mark.parametrize(("game", "steps"), [("Breakout", 250), ("SpaceInvaders", 60)])
+def test_an_atari_game_in_turn_is_ale_pys_vector_to_the_bit(game, steps, no_noops):
+    """Gymnasium's wrappers against ale-py's own code: gray frames, their maximum and size, skipped frames, stacks."""
+    native, sync = (make_envs(Args(env_id=f"ALE/{game}-v5", sticky_actions=0.0, vectorization=mode), 2)
+                    for mode in ("native", "sync"))
+    assert native.single_observation_space == sync.single_observation_space
+    assert native.single_action_space == sync.single_action_space
+    rng, ends, best = np.random.default_rng(0), 0, 0.0
+    (one, infos), (other, infos2) = native.reset(seed=3), sync.reset(seed=3)
+    assert np.array_equal(one, other)
+    assert np.array_equal(infos["lives"], infos2["lives"])
+    for _ in range(steps):
+        actions = rng.integers(native.single_action_space.n, size=2)
+        (*one, infos), (*other, infos2) = native.step(actions), sync.step(actions)
+        assert all(map(np.array_equal, one, other))
+        assert np.array_equal(infos["lives"], infos2["lives"])
+        ends, best = ends + one[2].sum(), max(best, *one[1])
+    assert (ends >= 2) == (game == "Breakout")
+    assert (best >= 5) == (game == "SpaceInvaders"), "rewards come as they are"
+    native.close()
+    sync.close()
+
+
+@pytest.mark.parametrize("mode", ["native", "sync"])
+def test_atari_settings_reach_the_game(mode):
+    def play(action, **settings):
+        envs = make_envs(Args(env_id="ALE/Pong-v5", vectorization=mode, **settings), 1)
+        envs.reset(seed=0)
+        for _ in range(10):
+            observations = envs.step(np.array([action]))[0]
+        shown = observations.copy()
+        envs.close()
+        return shown, envs.single_action_space.n
+
+    up, down = (play(action, sticky_actions=0.0) for action in (2, 3))
+    assert not np.array_equal(up[0], down[0])
+    stuck, stuck_too = (play(action, sticky_actions=1.0) for action in (2, 3))
+    assert np.array_equal(stuck[0], stuck_too[0]), "the first action is no-op and repeats for ever"
+    assert up[1] == 6
+    assert play(17, full_action_space=True)[1] == 18
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_frames_are_stacked_after_flattening_and_blank_before_the_first(mode):
+    envs = make_envs(Args(env_id="environments:Space-discrete-v0", frame_stack=3, vectorization=mode), 2)
+    assert envs.single_observation_space.shape == (3, 7)
+    first = envs.reset(seed=0)[0].copy()
+    assert first.sum(2).tolist() == [[0, 0, 1]] * 2
+    second = envs.step(np.array([5, 5]))[0]
+    assert np.array_equal(second[:, :2], first[:, 1:])
+    assert second.sum(2).tolist() == [[0, 1, 1]] * 2
+    envs.close()
+
+
+def test_a_native_version_that_stacks_no_frames_is_refused():
+    with pytest.raises(UsageError, match=r"^--vectorization native: CartPole-v1 has no vectorised version that stacks "
+                                         r"frames; use sync, async or auto$"):
+        make_envs(Args(frame_stack=2, vectorization="native"), 8)
+    assert kind(Args(frame_stack=2), 8) == "SyncVectorEnv"
+
+
+def test_car_racing_trains_with_its_discrete_actions(in_tmp, monkeypatch):
+    made = []
+    monkeypatch.setattr(dqn, "make_envs", lambda *rest: (made.append(make_envs(*rest)), made[-1])[1])
+    monkeypatch.setattr(dqn, "FINAL_EPISODES", 1)
+    result = train(Args(env_id="CarRacing-v3", tuned=False, total_timesteps=60, learning_starts=20, buffer_size=40,
+                        batch_size=4, hidden_sizes=(8,), eval_frequency=0, eval_max_steps=5))
+    assert [envs.envs[0].unwrapped.continuous for envs in made] == [False, False]
+    assert result.global_step == 60
+    assert np.isfinite(result.final_returns).all()
 
 
 @pytest.mark.parametrize("name", SPACES)

@@ -5,6 +5,7 @@ from collections import Counter
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import dqn
 from dqn import Args, Learner, ReplayBuffer, UsageError, make_envs
@@ -115,6 +116,82 @@ def test_a_reset_of_all_environments_truncates_what_was_under_way(passes, n_step
         assert end - step == n_step or whole or (number, episode, end) in last or i == 59
 
 
+def stacks(newest, frames):
+    """The stacks that end with the frames (B, 3) of Coded environments, worked out from what the frames say."""
+    stacked = np.repeat(newest[:, None], frames, axis=1)
+    stacked[:, :, 2] -= np.arange(frames - 1, -1, -1)
+    stacked[stacked[:, :, 2] < 0] = 0  # before the episode's first frame
+    return stacked
+
+
+@pytest.mark.parametrize("reset_every", [1000, 9, 4])
+@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize("frames", [2, 3, 4])
+@pytest.mark.parametrize(("num_envs", "rows"), [(1, 12), (3, 3), (3, 7), (3, 100)])
+def test_stacks_are_gymnasiums_and_those_of_every_held_step_can_be_sampled(num_envs, rows, frames, n_step, reset_every):
+    """Up to ten times around the ring; resets of a running stream meet steps of all kinds."""
+    envs = gym.vector.SyncVectorEnv([  # numbers from 1: no frame is blank
+        lambda i=i: gym.wrappers.FrameStackObservation(Coded(1 + i), frames, padding_type="zero")
+        for i in range(num_envs)])
+    buffer = ReplayBuffer(num_envs * rows, num_envs, envs.single_observation_space, 4, n_step, GAMMA, frames)
+    rng, stream = np.random.default_rng(0), []  # of each row the frames that a real step began with
+    observations, _ = envs.reset()
+    buffer.reset(observations)
+    ended = np.zeros(num_envs, bool)
+    for i in range(1, 61):
+        taken = observations[~ended, -1]
+        _, rewards, terminated, truncated, _ = step = envs.step(np.zeros(num_envs, int))
+        observations, ended = step[0], terminated | truncated
+        buffer.add(np.zeros(num_envs), rewards, terminated, ended, observations)
+        stream.append(taken)
+        if i % reset_every == 0:
+            observations, _ = envs.reset()
+            ended[:] = False
+            buffer.reset(observations)
+            stream.append(taken[:0])
+        assert np.array_equal(buffer.newest(), observations)
+        held = np.unique(np.concatenate(stream[-rows:]), axis=0)
+        if len(held):
+            batch = buffer.sample(20 * len(held), rng)
+            sampled, following = batch.observations.numpy(), batch.next_observations.numpy()
+            assert np.array_equal(np.unique(sampled[:, -1], axis=0), held)
+            assert np.array_equal(sampled, stacks(sampled[:, -1], frames))
+            assert np.array_equal(following, stacks(following[:, -1], frames))
+    known = {tuple(step) for row in stream for step in row.astype(int).tolist()}
+    for start, reward, end, discount in zip(sampled[:, -1].astype(int).tolist(), batch.rewards.tolist(),
+                                            following[:, -1].tolist(), batch.discounts.tolist(), strict=True):
+        expected_reward, next_step, expected_discount = transition(*start, known, n_step)
+        assert end == [*start[:2], next_step]
+        assert (reward, discount) == (expected_reward, expected_discount)
+
+
+@pytest.mark.parametrize("game", ["Pong", "Breakout"])
+def test_stacks_are_those_of_ale_pys_own_vectors(game):
+    """Nine times around the ring; with random actions Breakout is over after some two hundred steps."""
+    envs = make_envs(Args(env_id=f"ALE/{game}-v5"), 2)
+    assert envs.single_observation_space.shape == (4, 84, 84)
+    buffer = ReplayBuffer(90, 2, envs.single_observation_space, 6, frame_stack=4)
+    rng, steps, ends = np.random.default_rng(0), [], 0  # steps: the two observations of each real one, by row
+    observations, _ = envs.reset(seed=1)
+    buffer.reset(observations)
+    ended = np.zeros(2, bool)
+    for _ in range(400):
+        before, real = observations.copy(), ~ended
+        actions = rng.integers(envs.single_action_space.n, size=2)
+        observations, rewards, terminated, truncated, _ = envs.step(actions)
+        ended = terminated | truncated
+        buffer.add(actions, rewards, terminated, ended, observations)
+        assert torch.equal(buffer.newest(), torch.from_numpy(observations))
+        steps.append({(a.tobytes(), b.tobytes()) for a, b in zip(before[real], observations[real], strict=True)})
+        ends += ended.sum()
+        batch = buffer.sample(16, rng)
+        held = set().union(*steps[-45:])
+        assert all((a.tobytes(), b.tobytes()) in held
+                   for a, b in zip(batch.observations.numpy(), batch.next_observations.numpy(), strict=True))
+    assert ends >= 2 or game == "Pong"
+    envs.close()
+
+
 def test_the_action_of_a_transition_is_kept():
     envs = gym.vector.SyncVectorEnv([lambda: Coded(0)])
     buffer = ReplayBuffer(100, 1, envs.single_observation_space, 4)
@@ -154,3 +231,42 @@ def test_a_buffer_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     args = Args(tuned=False, buffer_size=100_000)
     with pytest.raises(UsageError, match=r"--buffer-size 100000.*needs.*GiB.*below 43,478"):  # 1e6 / 23 bytes
         Learner(args, make_envs(args, 1), "cpu")
+
+
+# of steps 0, 3 and 4: 5 - 2/2 + 2/4, -0.5 - 1.5/2 + 1/4, and -1.5 + 1/2 where the stream stops
+@pytest.mark.parametrize(("clip", "expected"), [(False, [4.5, -1.0, -1.0]), (True, [0.75, -0.75, -0.5])])
+def test_clipped_rewards_are_clipped_before_they_are_summed_and_kept_as_they_were(clip, expected):
+    buffer = ReplayBuffer(100, 1, gym.spaces.Box(0, 9, (1,), np.float32), 2, 3, GAMMA, clip_rewards=clip)
+    buffer.reset(np.zeros((1, 1)))
+    rewards = [5.0, -2.0, 2.0, -0.5, -1.5, 1.0]
+    for step, reward in enumerate(rewards, 1):
+        buffer.add(np.zeros(1), np.array([reward]), np.zeros(1, bool), np.zeros(1, bool), np.full((1, 1), step))
+    batch = buffer.sample(200, np.random.default_rng(0))
+    sums = dict(zip(batch.observations[:, 0].tolist(), batch.rewards.tolist(), strict=True))
+    assert [sums[0], sums[3], sums[4]] == expected
+    assert buffer.rewards[:6].tolist() == rewards
+
+
+def test_an_atari_transition_takes_7100_bytes_at_most():
+    envs = make_envs(Args(env_id="ALE/Pong-v5"), 1)
+    buffer = ReplayBuffer(10_000, 8, envs.single_observation_space, 6, 3, 0.99, 4)
+    arrays = (buffer.frames, buffer.actions, buffer.rewards, buffer.terminated, buffer.ended)
+    assert sum(array.nbytes for array in arrays) <= 7_100 * 10_000
+
+
+def test_a_million_atari_transitions_need_between_6_and_7_2_gigabytes(monkeypatch):
+    args = Args(env_id="ALE/Pong-v5")
+    assert (args.buffer_size, args.frame_stack, args.num_envs) == (1_000_000, 4, 16)
+    space, shapes = make_envs(args, 1).single_observation_space, []
+
+    def zeros(shape, **settings):
+        shapes.append(shape)
+        raise MemoryError  # before anything is allocated
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    refusal = r"^--buffer-size 1000000: .*needs 6\.6 GiB, 5\.6 GiB are free; must be below 849,\d\d\d$"
+    for memory, outcome, message in ((6e9, UsageError, refusal), (7.2e9, MemoryError, None)):
+        monkeypatch.setattr(dqn, "available_memory", lambda memory=memory: memory)
+        with pytest.raises(outcome, match=message):
+            ReplayBuffer(args.buffer_size, args.num_envs, space, 6, args.n_step, args.gamma, args.frame_stack)
+    assert shapes == [(1_000_065, 84, 84)], "62,500 rows of 16, four for the stack of the oldest, a blank frame"

@@ -1,5 +1,6 @@
 """The training loop as a function: learning, determinism, what it leaves behind."""
 
+import itertools
 import random
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import torch
 
 import dqn
 from conftest import ENVIRONMENT, ROOT, read_log
-from dqn import CHARTS, Args, Learner, QNetwork, TrainingError, make_envs, train
+from dqn import CHARTS, Args, Learner, QNetwork, Rollout, TrainingError, derive_seed, make_envs, train
+from environments import Catch
 
 SHORT = dict(tuned=False, total_timesteps=1200, learning_starts=200, buffer_size=600, batch_size=32,
              eval_frequency=500, eval_episodes=2, log_frequency=100)
@@ -47,6 +49,129 @@ def test_a_seed_repeats_to_the_bit_whatever_the_global_generators_do(settings, i
 
 def test_another_seed_is_another_run(in_tmp, monkeypatch):
     assert not torch.equal(outcome(monkeypatch, seed=1)[0], outcome(monkeypatch, seed=2)[0])
+
+
+def same(one, other):
+    """Whether two outcomes are the same to the bit."""
+    (parameters, arrays, *rest), (parameters2, arrays2, *rest2) = one, other
+    return (torch.equal(parameters, parameters2) and rest == rest2
+            and all(np.array_equal(a, b) for a, b in zip(arrays, arrays2, strict=True)))
+
+
+@pytest.mark.parametrize(("env_id", "way"), [
+    ("FrozenLake-v1", dict(vectorization="async")),
+    ("CartPole-v1", dict(vectorization="async")),
+    ("CartPole-v1", dict(vectorization="native", env_id="environments:Halves-v0")),
+])
+def test_learning_while_environments_move_changes_nothing(env_id, way, in_tmp, monkeypatch):
+    settings = dict(env_id=env_id, num_envs=3, n_step=3, gradient_steps=2)
+    in_turn, overlapped = (outcome(monkeypatch, **settings | each) for each in (dict(vectorization="sync"), way))
+    assert same(in_turn, overlapped)
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    (dict(env_id="ALE/Pong-v5"), ["send", "learn", "recv"]),
+    (dict(env_id="environments:Halves-v0", vectorization="native"), ["send", "learn", "recv"]),
+    (dict(vectorization="async"), ["step_async", "learn", "step_wait"]),
+    (dict(vectorization="sync"), ["learn", "step"]),
+    (dict(vectorization="native"), ["learn", "step"]),
+])
+def test_what_is_owed_is_learned_between_the_halves_of_a_step_where_it_has_halves(settings, expected, monkeypatch):
+    args = Args(**settings, tuned=False, num_envs=2, buffer_size=10, frame_stack=1)
+    envs, calls, held = make_envs(args, 2), [], []
+    replay = Learner(args, envs, torch.device("cpu")).replay
+    for name in {"send", "recv", "step_async", "step_wait", "step"}:
+        if method := getattr(envs, name, None):
+            monkeypatch.setattr(envs, name, lambda *given, name=name, method=method: (
+                calls.append(name), method(*given))[1])
+    rollout = Rollout(args, envs, replay)
+    rollout.reset()
+    for passes in range(1, 4):
+        rollout.step(np.zeros(2, np.int64), meanwhile=lambda: (calls.append("learn"), held.append(replay.filled)))
+        assert replay.filled == passes
+    envs.close()
+    assert calls == expected * 3
+    assert held == [0, 1, 2], "without the step that is under way"
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(("episodic", "ends"), [(False, [12]), (True, [4, 8, 12])])
+def test_a_lost_life_ends_the_future_but_neither_stacks_nor_the_game(episodic, ends, clip):
+    args = Args(env_id="environments:ALE/Lives-v0", tuned=False, num_envs=2, buffer_size=78, frame_stack=2, n_step=3,
+                gamma=0.5, episodic_life=episodic, clip_rewards=clip)
+    replay = Learner(args, envs := make_envs(args, 2), torch.device("cpu")).replay
+    rollout = Rollout(args, envs, replay)
+    rollout.reset()
+    finished = [rollout.step(np.zeros(2, np.int64), lambda: None) for _ in range(5 * 13)]
+    # 3 + 2 + 1 + 0 - 1 - … - 8, whatever is learned from; a reset step follows each game
+    assert [(i, episodes) for i, episodes in enumerate(finished, 1) if episodes] == [
+        (13 * game - 1, [(-30.0, 12.0)] * 2) for game in range(1, 6)]
+    batch, seen = replay.sample(3000, np.random.default_rng(0)), set()
+    for (before, (game, step)), reward, (late, following), discount in zip(
+            batch.observations.tolist(), batch.rewards.tolist(), batch.next_observations.tolist(),
+            batch.discounts.tolist(), strict=True):
+        seen.add((game, step))
+        end = min(each for each in ends if each > step)
+        walked = int(min(3, end - step))
+        rewards = [3 - step - i for i in range(walked)]
+        assert reward == sum(0.5**i * (np.clip(r, -1, 1) if clip else r) for i, r in enumerate(rewards))
+        assert discount == (0 if step + walked == end else 0.5**walked)
+        assert following == [game, step + walked]
+        assert late == [game, step + walked - 1]
+        assert before == ([game, step - 1] if step else [0, 0])
+    assert seen == {(game, step) for game in (3, 4, 5) for step in range(12)}, "steps after a lost life are real ones"
+
+
+def test_a_life_lost_in_breakout_ends_the_future_but_no_game():
+    args = Args(env_id="ALE/Breakout-v5", tuned=False, num_envs=2, buffer_size=1000, hidden_sizes=(4,), frame_stack=2,
+                episodic_life=True)
+    envs, again, rng = make_envs(args, 2), make_envs(args, 2), np.random.default_rng(0)
+    replay = Learner(args, envs, torch.device("cpu")).replay
+    rollout = Rollout(args, envs, replay)
+    rollout.reset()
+    lives = again.reset(seed=derive_seed(args.seed, dqn.TRAIN_ENVS, 0))[1]["lives"]
+    lost, over, games, finished, returns, lengths = [], [], [], [], np.zeros(2), np.zeros(2)
+    for _ in range(400):
+        actions = rng.integers(4, size=2)
+        finished += rollout.step(actions, lambda: None)
+        _, rewards, terminated, truncated, infos = again.step(actions)
+        lost.append(infos["lives"] < lives)
+        over.append(terminated | truncated)
+        lives, returns, lengths = infos["lives"], returns + rewards, lengths + 1
+        games += [(returns[i], lengths[i]) for i in np.flatnonzero(over[-1])]
+        for i in np.flatnonzero(infos["lives"] == 0):
+            returns[i], lengths[i] = 0, -1  # the reset is no step
+    assert np.array_equal(replay.terminated[:800].reshape(400, 2), lost)
+    assert np.array_equal(replay.ended[:800].reshape(400, 2), over)
+    assert finished == games
+    assert np.sum(lost) > np.sum(over) >= 2
+
+
+def test_training_clips_rewards_and_ends_lives_while_reports_and_evaluations_do_not(in_tmp, monkeypatch):
+    _, (frames, _, rewards, terminated, ended), evaluations, final_returns, scalars = outcome(
+        monkeypatch, env_id="environments:ALE/Lives-v0", clip_rewards=True, episodic_life=True, frame_stack=2)
+    assert {value for _, value in scalars["charts/episodic_return"]} == {-30.0}
+    assert {value for _, value in scalars["charts/episodic_length"]} == {12.0}
+    assert {mean for _, mean in evaluations} == set(final_returns) == {-30.0}
+    assert {value for _, value in scalars["eval/episodic_length"]} == {12.0}
+    assert set(rewards) == {0.0, *range(-8, 4)}
+    following = np.roll(frames[:-1, 1], -1)  # number of the step after
+    assert set(following[terminated]) == {4.0, 8.0, 12.0}
+    assert set(following[ended]) == {12.0}
+
+
+def test_where_nothing_can_be_compiled_a_run_goes_on_without(in_tmp, monkeypatch, capsys):
+    def broken(function, **settings):
+        def call(*inputs):
+            raise RuntimeError("there is no compiler\n  anywhere")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    compiled, eager = (outcome(monkeypatch, compile=wanted) for wanted in (True, False))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--compile:" in line]
+    assert lines == ["--compile: goes on without, there is no compiler anywhere"]
+    assert same(compiled, eager)
 
 
 def test_a_run_leaves_the_global_generators_and_settings_alone(in_tmp):
@@ -164,6 +289,36 @@ def test_a_table_learns_the_values_of_a_frozen_lake_without_slip(in_tmp):
     assert result.final_returns.tolist() == [1.0] * 100
     for state, steps in ((14, 1), (13, 2), (10, 2), (9, 3), (8, 4), (4, 5), (0, 6)):
         assert values[-1][state].item() == pytest.approx(0.9 ** (steps - 1), rel=0.02)
+
+
+def test_two_frames_are_needed_to_catch_and_suffice():
+    """Of all that can be done while the paddle moves one thing catches; when it has to begin, two balls look alike."""
+    for offset in range(-4, 5):
+        frames, ways = [], []
+        for direction in (-1, 1):
+            env = Catch()
+            env.reset(seed=0)
+            env.offset, env.direction = offset, direction
+            frames.append([env.step(action)[0] for action in (0, 2, 1, 0, 2, 1, 0, 2, 1)][-2:])  # moves nothing
+            for actions in itertools.product(range(3), repeat=3):
+                env.fallen, env.paddle = 9, 42
+                steps = [env.step(action) for action in actions]
+                assert [step[1:4] for step in steps[:2]] == [(0.0, False, False)] * 2
+                assert steps[2][1] in (-1.0, 1.0)
+                assert steps[2][2]
+                ways += [(direction, actions)] if steps[2][1] == 1 else []
+        assert ways == [(-1, (0, 0, 0)), (1, (2, 2, 2))]
+        assert np.array_equal(frames[0][1], frames[1][1])
+        assert not np.array_equal(frames[0][0], frames[1][0])
+
+
+def test_catching_a_ball_is_learned_from_pixels(in_tmp):
+    """Whoever sees single frames catches half of the balls at best."""
+    result = train(Args(env_id="environments:Catch-v0", frame_stack=2, num_envs=8, total_timesteps=8_000, seed=8,
+                        learning_starts=500, buffer_size=8_000, batch_size=32, train_frequency=4, learning_rate=5e-4,
+                        n_step=3, gamma=0.97, target_network_frequency=400, hidden_sizes=(64,), eval_frequency=0))
+    assert set(result.final_returns) <= {-1.0, 1.0}
+    assert (result.final_returns == 1).mean() >= 0.95
 
 
 def test_cartpole_is_learned(in_tmp):
