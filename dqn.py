@@ -3,6 +3,7 @@
     python dqn.py --env-id CartPole-v1                      # train, evaluate, leave a run under runs/
     python dqn.py --env-id LunarLander-v3 --capture-video   # the same with an mp4 of greedy episodes
     python dqn.py --env-id CartPole-v1 --no-tuned           # plain DQN: one step, hard target, MSE
+    python dqn.py --env-id ALE/Pong-v5                      # from pixels
     python dqn.py --resume runs/NAME                        # go on with a run that was stopped, to the bit
     python dqn.py --evaluate runs/NAME                      # let its best network play
     tensorboard --logdir runs                               # look at it
@@ -16,7 +17,8 @@ Papers, cited by their first author below: Watkins & Dayan 1992, "Q-learning"; M
 through deep reinforcement learning" (DQN); van Hasselt et al. 2016, "Deep reinforcement learning with Double
 Q-learning"; Wang et al. 2016, "Dueling network architectures"; Sutton 1988, "Learning to predict by the methods of
 temporal differences" (n-step returns); Lillicrap et al. 2016, "Continuous control with deep reinforcement learning"
-(soft target updates); Pardo et al. 2018, "Time limits in reinforcement learning" (truncation is not termination).
+(soft target updates); Pardo et al. 2018, "Time limits in reinforcement learning" (truncation is not termination);
+Young & Tian 2019, "MinAtar" (a network for small images).
 """
 
 import os
