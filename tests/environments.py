@@ -176,6 +176,7 @@ class Halves(gym.vector.SyncVectorEnv):
 
 SPACES = {
     "float64": spaces.Box(-np.inf, np.inf, (3,), np.float64),
+    "positive": spaces.Box(1, 2, (3,), np.float32),
     "float16": spaces.Box(-1, 1, (3,), np.float16),
     "uint8": spaces.Box(0, 255, (4, 5, 3), np.uint8),
     "int16": spaces.Box(-300, 300, (2, 2), np.int16),

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from dqn import Args, Batch, Learner, derive_seed, due, linear_schedule, make_envs, sync_target, td_target
+from conftest import differences
+from dqn import Args, Batch, Learner, derive_seed, due, linear_schedule, make_envs, pack, sync_target, td_target
 
 
 class Table(nn.Module):
@@ -86,13 +87,13 @@ def test_a_run_takes_the_same_gradient_steps_and_syncs_for_any_number_of_environ
 
 
 def make_learner(**settings):
-    args = Args(tuned=False, buffer_size=500, batch_size=16, **settings)
+    args = Args(**dict(tuned=False, buffer_size=500, batch_size=16) | settings)
     envs = make_envs(args, args.num_envs)
     learner = Learner(args, envs, torch.device("cpu"))
     learner.replay.reset(envs.reset(seed=0)[0])
     for _ in range(200):
         actions = learner.act(learner.replay.newest(), 1.0)
-        observations, rewards, terminated, truncated, _ = envs.step(actions)
+        observations, rewards, terminated, truncated, _ = envs.step(actions + envs.single_action_space.start)
         learner.replay.add(actions, rewards, terminated, terminated | truncated, observations)
     return learner
 
@@ -122,6 +123,31 @@ def test_a_gradient_step_is_that_of_pytorch_on_the_loss_of_the_equation(settings
     assert torch.allclose(learner.loss, loss.detach(), rtol=1e-5)
     assert torch.allclose(learner.gradient, gradient, rtol=1e-4, atol=1e-7)
     assert torch.allclose(learner.parameters, reference.param_groups[0]["params"][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(max_grad_norm=0.5, double_q=True, loss="huber", n_step=3),
+    dict(env_id="environments:Space-uint8-v0", frame_stack=3, hidden_sizes=(16,)),
+])
+def test_compiling_moves_nothing_and_a_hundred_compiled_gradient_steps_are_the_eager_ones(settings, capsys):
+    settings |= dict(learning_starts=0, train_frequency=1, anneal_lr=True, total_timesteps=150,
+                     target_network_frequency=30)
+    eager, compiled = make_learner(**settings), make_learner(**settings)
+    state = torch.get_rng_state()
+    compiled.compile()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert differences(pack(eager), pack(compiled)) == []
+    assert "goes on without" not in capsys.readouterr().out
+    before = eager.parameters.clone()
+    for learner in (eager, compiled):
+        learner.learn(until=100)
+    assert "update" in vars(compiled), "in place of the method"
+    assert (eager.optimizer.steps, compiled.optimizer.steps) == (100, 100)
+    assert (eager.parameters - before).abs().max() > 1e-3
+    for name in ("parameters", "target_parameters", "q_values"):
+        assert torch.allclose(getattr(compiled, name), getattr(eager, name), rtol=0, atol=2e-6), name
+    assert torch.allclose(compiled.loss, eager.loss, rtol=1e-5)
+    assert torch.allclose(compiled.gradient, eager.gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_a_gradient_step_leaves_the_target_network_alone():

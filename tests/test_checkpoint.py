@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 
 import dqn
 from conftest import differences, outcome, read_log
@@ -86,6 +87,37 @@ def test_a_run_that_crashed_and_was_interrupted_ends_as_if_it_had_been_left_alon
     result = train(Args(resume=str(run_dir)))
     assert result.run_dir == run_dir != alone
     assert differences(outcome(alone), outcome(run_dir)) == []
+
+
+COMPILED = SHORT | dict(compile=True, loss="huber", max_grad_norm=1.0, eval_frequency=0)
+
+
+@pytest.fixture
+def nothing_compiled():
+    """PyTorch's compiler as in a new process."""
+    torch._dynamo.reset()
+
+
+def test_a_compiled_run_that_crashed_ends_as_if_it_had_been_left_alone(in_tmp, monkeypatch, capsys, nothing_compiled):
+    alone = train(Args(**COMPILED)).run_dir
+    run_dir = end_early(monkeypatch, 800, **COMPILED)
+    torch._dynamo.reset()  # as in another process: the resumed run compiles anew
+    train(Args(resume=str(run_dir)))
+    assert differences(outcome(alone), outcome(run_dir)) == []
+    out = capsys.readouterr().out
+    assert out.count("compiling ") == 3
+    assert "goes on without" not in out
+
+
+@pytest.mark.xfail(strict=True, reason="Learner.compile keeps what was compiled before, and PyTorch's limit of it")
+def test_a_compiled_run_is_the_same_whatever_was_compiled_before(in_tmp, capsys, nothing_compiled):
+    alone = train(Args(**COMPILED)).run_dir
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):  # of one function in a process, otherwise 8
+        train(Args(**COMPILED | dict(batch_size=16, total_timesteps=300)))
+        after_another = train(Args(**COMPILED)).run_dir
+    assert "goes on without" not in capsys.readouterr().out
+    assert differences(outcome(alone), outcome(after_another)) == []
 
 
 @pytest.mark.parametrize("journal", [40, 150])

@@ -98,6 +98,17 @@ def test_a_run_shows_its_settings_progress_and_verdict(cli, tmp_path):
     assert not list(run_dir.glob("*.tmp"))
 
 
+def test_a_run_goes_on_without_what_cannot_be_compiled(cli, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setitem(ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    process = cli(*QUICK, "--compile", "--eval-episodes", 20)
+    assert process.returncode == 0, process.err
+    assert not process.err
+    (line,) = re.findall(".*goes on without.*", process.out)
+    assert re.match(r"--compile: goes on without, .*C\+\+ compiler", line)
+    assert "step 1,200 of 1,200" in process.out
+
+
 def test_help_shows_the_flags_by_section_with_the_defaults_in_force(cli):
     text = cli("--help").out
     for section in ("environment", "learning", "network", "exploration", "reporting"):

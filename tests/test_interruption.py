@@ -80,6 +80,33 @@ def test_after_twenty_kills_nothing_differs(alone, tmp_path):
     resume_and_compare(run_dir, alone)
 
 
+def test_a_game_of_pong_that_was_killed_goes_on_to_the_bit(tmp_path):
+    """Frames of the ring, the emulators' states and the no-ops come back; once in the middle, once in a write."""
+    flags = ("--no-tuned --env-id ALE/Pong-v5 --frame-stack 2 --clip-rewards --num-envs 4 --total-timesteps 2800 "
+             "--learning-starts 600 --buffer-size 2000 --batch-size 16 --train-frequency 40 --n-step 3 --double-q "
+             "--hidden-sizes 8 --eval-frequency 1500 --eval-episodes 4 --eval-max-steps 10 --log-frequency 200 "
+             "--checkpoint-frequency 400").split()
+    for folder in ("alone", "killed"):
+        (tmp_path / folder).mkdir()
+    process = finish(start(*flags, cwd=tmp_path / "alone"))
+    assert process.returncode == 0, process.err
+    process = start(*flags, cwd=tmp_path / "killed")
+    for step in ("1,000", "2,000"):
+        line(process, f"step {step} of")
+        (run_dir,) = (tmp_path / "killed" / "runs").iterdir()
+        if step == "2,000":
+            until(lambda run_dir=run_dir: (run_dir / "checkpoint.tmp").exists(), process)
+        process.kill()
+        assert finish(process).returncode == -signal.SIGKILL, process.err
+        assert 0 < read_file(run_dir / CHECKPOINT)["rollout"]["global_step"] < 2800
+        process = start("--resume", run_dir, cwd=tmp_path / "killed")
+    finish(process)
+    assert process.returncode == 0, process.err
+    assert "not exact" not in process.out
+    (alone,) = (tmp_path / "alone" / "runs").iterdir()
+    assert differences(outcome(alone), outcome(run_dir)) == []
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("phase", ["before learning starts", "the middle", "the write"])
 def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_bit(phase, number, status, alone, tmp_path):
