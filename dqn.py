@@ -537,13 +537,17 @@ class ReplayBuffer:
         if needed > free:
             raise UsageError(f"--buffer-size {capacity}: the replay buffer needs {needed / 2**30:,.1f} GiB, "
                              f"{free / 2**30:,.1f} GiB are free; must be below {int(free / slot_bytes):,}")
-        # The last one stays blank: what a stack has before its episode's first frame.
         self.dtype = torch.from_numpy(np.zeros(0, frame)).dtype
         self.frames = torch.zeros((self.num_slots + (frame_stack > 1), *shape), dtype=self.dtype, device=place)
         self.host = self.frames.numpy() if place.type == "cpu" else None  # the same memory
         self.actions, self.rewards = np.zeros(self.num_slots, action), np.zeros(self.num_slots, np.float32)
         # terminated: the TD target does not bootstrap. ended: the next step only resets.
         self.terminated, self.ended = np.zeros((2, self.num_slots), bool)
+        if frame_stack > 1:
+            # The last slot stays blank: what a stack has before its episode's first frame, as row 0 will be one.
+            blank = gym.wrappers.utils.create_zero_array(observation_space)[0].astype(frame)
+            self.frames[-1] = torch.from_numpy(np.asarray(blank))
+            self.ended[-2 * num_envs : -num_envs] = True
         self.row = 0  # of the newest observations
         self.filled = 0  # rows of complete steps, those just before `row`
         self.steps = np.arange(n_step)[:, None]  # (n, 1)
@@ -786,13 +790,14 @@ class Learner:
         arrays = (self.replay.stack(slots), slots, np.float32(slots), self.replay.stack(slots), np.float32(slots))
         index = [torch.from_numpy(array).to(self.device) for array in arrays]
         plain, self.td_gradient = self.td_gradient, torch.compile(self.td_gradient, fullgraph=True)
+        torch._dynamo.reset()  # what an earlier run in this process compiled
+        torch._dynamo.config.trace_autograd_ops = True  # the gradient belongs to the function
         update = CudaGraph(self.update) if self.device.type == "cuda" else self.update
         rate = self.learning_rate.clone()
         self.learning_rate.zero_()  # these first steps move nothing
         try:
-            with torch._dynamo.config.patch(trace_autograd_ops=True):
-                for _ in range(5):
-                    update(*index)
+            for _ in range(5):
+                update(*index)
             self.update = update
         except Exception as error:
             self.td_gradient = plain

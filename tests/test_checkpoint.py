@@ -109,7 +109,6 @@ def test_a_compiled_run_that_crashed_ends_as_if_it_had_been_left_alone(in_tmp, m
     assert "goes on without" not in out
 
 
-@pytest.mark.xfail(strict=True, reason="Learner.compile keeps what was compiled before, and PyTorch's limit of it")
 def test_a_compiled_run_is_the_same_whatever_was_compiled_before(in_tmp, capsys, nothing_compiled):
     alone = train(Args(**COMPILED)).run_dir
     torch._dynamo.reset()

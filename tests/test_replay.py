@@ -165,7 +165,6 @@ def test_stacks_are_gymnasiums_and_those_of_every_held_step_can_be_sampled(num_e
         assert (reward, discount) == (expected_reward, expected_discount)
 
 
-@pytest.mark.xfail(strict=True, reason="the ring's blank frame is zero, Gymnasium's is what in the space is next to it")
 def test_blank_frames_are_gymnasiums_where_zero_is_no_observation():
     args = Args(env_id="environments:Space-positive-v0", frame_stack=3)
     envs = make_envs(args, 2)
