@@ -4,10 +4,10 @@
     python tests/benchmarks/minatar_breakout.py         # under half an hour on two cores
     python tests/benchmarks/minatar_breakout.py --steps 20000 --seeds 1 --name trial
 
-Both have the same network (MinAtar's, Young & Tian 2019), batch, frequencies, learning rate and exploration, and are
-evaluated by the same code on greedy episodes: 20 at each evaluation, 100 at the end. What dqn.py has beyond that is in
-OURS. Writes results/NAME.csv (a row for each evaluation, the last one's 100 episodes last) and results/NAME.svg, and
-prints a row for each run. What the CSV holds is not run again.
+Both have the same network (MinAtar's, Young & Tian 2019), batch, frequencies, learning rate and exploration; what
+dqn.py has beyond that is in OURS. Each evaluates itself on greedy episodes, 20 at each evaluation and 100 at the end.
+Writes results/NAME.csv (a row for each evaluation, the last one's 100 episodes last) and results/NAME.svg, and prints
+a row for each run. What the CSV holds is not run again.
 """
 
 import csv
@@ -109,7 +109,9 @@ def main(options: Options) -> None:
     """Run what the CSV lacks, print a row for each run, draw the figure."""
     path = HERE / "results" / f"{options.name}.csv"
     rows = list(csv.reader(path.open(newline="")))[1:] if path.exists() else []
-    done = {(system, int(seed)) for system, seed, *_ in rows}
+    done = {(system, int(seed)): int(step) for system, seed, step, _ in rows}
+    if set(done.values()) - {options.steps}:
+        sys.exit(f"{path} is of other --steps; give another --name")
     missing = [(system, seed) for seed in options.seeds for system in SYSTEMS if (system, seed) not in done]
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     print("| system | seed | final greedy return | best evaluation | minutes |\n|-|-|-|-|-|")

@@ -239,7 +239,7 @@ TABLES = (cartpole, gradient, pong, memory, sweep, figure, parts, whole)
 def main(options: Options) -> None:
     """Print the tables."""
     print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
-          f"{torch.get_num_threads()} cores")
+          f"{torch.get_num_threads()} threads on Pong")
     for table in TABLES:
         if table.__name__ in options.tables:
             table(options)
