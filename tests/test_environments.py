@@ -90,21 +90,22 @@ def test_an_atari_game_in_turn_is_ale_pys_vector_to_the_bit(game, steps, no_noop
 
 @pytest.mark.parametrize("mode", ["native", "sync"])
 def test_atari_settings_reach_the_game(mode):
-    def play(action, **settings):
-        envs = make_envs(Args(env_id="ALE/Pong-v5", vectorization=mode, **settings), 1)
+    def play(action, actions=6, **settings):
+        envs = make_envs(Args(env_id="ALE/Pong-v5", vectorization=mode, frame_stack=2, **settings), 1)
+        assert envs.single_action_space.n == actions
         envs.reset(seed=0)
         for _ in range(10):
             observations = envs.step(np.array([action]))[0]
+        assert observations.shape == (1, 2, 84, 84)
         shown = observations.copy()
         envs.close()
-        return shown, envs.single_action_space.n
+        return shown
 
     up, down = (play(action, sticky_actions=0.0) for action in (2, 3))
-    assert not np.array_equal(up[0], down[0])
-    stuck, stuck_too = (play(action, sticky_actions=1.0) for action in (2, 3))
-    assert np.array_equal(stuck[0], stuck_too[0]), "the first action is no-op and repeats for ever"
-    assert up[1] == 6
-    assert play(17, full_action_space=True)[1] == 18
+    assert not np.array_equal(up, down)
+    up, down = (play(action, sticky_actions=1.0) for action in (2, 3))
+    assert np.array_equal(up, down), "the first action is no-op and repeats for ever"
+    play(17, actions=18, full_action_space=True)
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])

@@ -138,6 +138,7 @@ def test_layer_norm_stands_before_each_activation_of_convolutions_too():
     normed = network.layers[:2](images / 255).flatten(1)  # one group: over channels and places
     assert torch.allclose(normed.mean(1), torch.zeros(5), atol=1e-6)
     assert torch.allclose(normed.var(1, unbiased=False), torch.ones(5), atol=2e-3)
+    assert normed.view(5, 32, -1).mean(2).abs().min(1).values.max() > 1e-3, "and not each channel for itself"
 
 
 def test_a_dueling_head_on_convolutions_is_centred_on_the_value():
