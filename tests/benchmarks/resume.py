@@ -43,7 +43,7 @@ dqn.train(dqn.Args(env_id="CartPole-v1"))
 print("share", spent / (time.perf_counter() - start))
 """
 FIRST_STEP = PRELUDE + """
-def step(self, actions):
+def step(self, actions, meanwhile):
     print("first step after", time.perf_counter() - began, flush=True)
     raise KeyboardInterrupt
 dqn.Rollout.step = step
@@ -52,10 +52,10 @@ dqn.main(sys.argv[1:])
 MEMORY = PRELUDE + """
 import os
 page, step, taken = os.sysconf("SC_PAGE_SIZE"), dqn.Rollout.step, {}
-def watched(self, actions):
+def watched(self, actions, meanwhile):
     if self.global_step in (104_000, 1_999_992):
         taken[self.global_step] = int(open("/proc/self/statm").read().split()[1]) * page
-    return step(self, actions)
+    return step(self, actions, meanwhile)
 dqn.Rollout.step = watched
 dqn.train(dqn.Args(env_id="CartPole-v1", stop_return=float("inf"), total_timesteps=2_000_000, eval_frequency=100_000,
                    eval_episodes=20))
