@@ -535,8 +535,9 @@ class ReplayBuffer:
         slot_bytes = rest_bytes + frame_bytes * (place.type == "cpu")
         needed, free = self.num_slots * slot_bytes, available_memory()
         if needed > free:
+            most = (int(free / slot_bytes) // num_envs - frame_stack) * num_envs
             raise UsageError(f"--buffer-size {capacity}: the replay buffer needs {needed / 2**30:,.1f} GiB, "
-                             f"{free / 2**30:,.1f} GiB are free; must be below {int(free / slot_bytes):,}")
+                             f"{free / 2**30:,.1f} GiB are free; must be at most {most:,}")
         self.dtype = torch.from_numpy(np.zeros(0, frame)).dtype
         self.frames = torch.zeros((self.num_slots + (frame_stack > 1), *shape), dtype=self.dtype, device=place)
         self.host = self.frames.numpy() if place.type == "cpu" else None  # the same memory
@@ -789,13 +790,13 @@ class Learner:
         slots = np.zeros(self.args.batch_size, np.int64)
         arrays = (self.replay.stack(slots), slots, np.float32(slots), self.replay.stack(slots), np.float32(slots))
         index = [torch.from_numpy(array).to(self.device) for array in arrays]
-        plain, self.td_gradient = self.td_gradient, torch.compile(self.td_gradient, fullgraph=True)
         torch._dynamo.reset()  # what an earlier run in this process compiled
         torch._dynamo.config.trace_autograd_ops = True  # the gradient belongs to the function
+        plain, rate = self.td_gradient, self.learning_rate.clone()
         update = CudaGraph(self.update) if self.device.type == "cuda" else self.update
-        rate = self.learning_rate.clone()
         self.learning_rate.zero_()  # these first steps move nothing
         try:
+            self.td_gradient = torch.compile(self.td_gradient, fullgraph=True)
             for _ in range(5):
                 update(*index)
             self.update = update
@@ -1530,14 +1531,16 @@ class Agent:
     @torch.no_grad()
     def act(self, observation: Any) -> Any:
         """The greedy action for an observation of the environment; actions (N,) for Box observations (N, *shape)."""
-        if not isinstance(self.unflattened, gym.spaces.Box):
+        if not isinstance(self.unflattened, gym.spaces.Box) and self.args.frame_stack == 1:
             if not self.unflattened.contains(observation):
                 raise ValueError(f"{observation} is not an observation of {self.args.env_id}, {self.unflattened}")
             observation = gym.spaces.flatten(self.unflattened, observation)
         batch = torch.as_tensor(np.asarray(observation, self.space.dtype)).to(self.device)
-        one = batch.shape == self.space.shape
-        actions = self.q_network(batch[None] if one else batch).argmax(1).cpu().numpy() + self.actions.start
-        return int(actions[0]) if one else actions
+        lead, shape = batch.ndim - len(self.space.shape), self.space.shape
+        if lead not in (0, 1) or batch.shape[lead:] != shape:
+            raise ValueError(f"{tuple(batch.shape)} is not the shape of an observation, {shape}, or of a batch of them")
+        actions = self.q_network(batch if lead else batch[None]).argmax(1).cpu().numpy() + self.actions.start
+        return actions if lead else int(actions[0])
 
 
 def load(path: str | Path, which: Literal["best", "last"] = "best") -> Agent:

@@ -197,3 +197,13 @@ def test_an_unwritable_folder_for_videos_is_answered_in_one_line(cli, run_dir, t
     process = cli("--evaluate", folder, "--eval-episodes", 1, "--capture-video")
     assert process.returncode == 2
     assert re.search("^dqn.py: error: --capture-video.*\n$", process.err), process.err
+
+
+def test_an_agent_takes_stacks_and_refuses_other_shapes(in_tmp):
+    settings = dict(env_id="FrozenLake-v1", frame_stack=3, total_timesteps=300, learning_starts=100, buffer_size=200)
+    agent = load(train(Args(tuned=False, eval_frequency=0, batch_size=32, **settings)).run_dir)
+    stacks = make_envs(agent.args, 2).reset(seed=0)[0]
+    assert agent.act(stacks).shape == (2,)
+    assert agent.act(stacks[0]) == agent.act(stacks)[0]
+    with pytest.raises(ValueError, match=r"\(16,\) is not the shape of an observation, \(3, 16\)"):
+        agent.act(stacks[0, -1])

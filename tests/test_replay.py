@@ -241,7 +241,7 @@ def test_memory_is_within_three_percent_of_what_a_transition_holds():
 def test_a_buffer_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     monkeypatch.setattr(dqn, "available_memory", lambda: 1e6)
     args = Args(tuned=False, buffer_size=100_000)
-    with pytest.raises(UsageError, match=r"--buffer-size 100000.*needs.*GiB.*below 43,478"):  # 1e6 / 23 bytes
+    with pytest.raises(UsageError, match=r"--buffer-size 100000.*needs.*GiB.*at most 43,477"):  # 1e6 / 23 - 1
         Learner(args, make_envs(args, 1), "cpu")
 
 
@@ -276,7 +276,7 @@ def test_a_million_atari_transitions_need_between_6_and_7_2_gigabytes(monkeypatc
         raise MemoryError  # before anything is allocated
 
     monkeypatch.setattr(torch, "zeros", zeros)
-    refusal = r"^--buffer-size 1000000: .*needs 6\.6 GiB, 5\.6 GiB are free; must be below 849,\d\d\d$"
+    refusal = r"^--buffer-size 1000000: .*needs 6\.6 GiB, 5\.6 GiB are free; must be at most 849,\d\d\d$"
     for memory, outcome, message in ((6e9, UsageError, refusal), (7.2e9, MemoryError, None)):
         monkeypatch.setattr(dqn, "available_memory", lambda memory=memory: memory)
         with pytest.raises(outcome, match=message):
