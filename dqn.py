@@ -162,7 +162,7 @@ class Reporting:
     wandb_entity: str | None = None  # team there
     cuda: bool = True  # use a GPU where there is one
     compile: bool = torch.cuda.is_available()  # compile the gradient step; on a GPU it becomes one CUDA graph
-    amp: bool = False  # compute the network in bfloat16 while learning
+    amp: bool = False  # compute all layers but the last in bfloat16
     torch_deterministic: bool = True  # have cuDNN use deterministic kernels only
 
 
@@ -703,11 +703,11 @@ class CudaGraph:
         """What the function returns; its tensors are overwritten by the next call."""
         self.calls += 1
         if self.calls < 4:  # libraries set themselves up in the first calls, which a graph must not contain
-            self.stream = torch.cuda.Stream()
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream().wait_stream(stream)
             return outputs
         if self.calls == 4:
             self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
