@@ -201,14 +201,14 @@ TUNED: dict[str, dict[str, Any]] = {
         eval_frequency=2_500, eval_episodes=100, stop_return=500.0,
     ),
     "Acrobot-v1": dict(
-        total_timesteps=100_000, num_envs=8, learning_rate=1e-3, anneal_lr=True, buffer_size=100_000,
-        learning_starts=1_000, train_frequency=5, n_step=5, target_network_frequency=200, layer_norm=True,
-        exploration_fraction=0.2, eval_frequency=10_000,
+        total_timesteps=100_000, num_envs=8, learning_rate=6e-4, anneal_lr=True, buffer_size=100_000,
+        learning_starts=1_000, train_frequency=2, n_step=3, target_network_frequency=250, hidden_sizes=(256, 256),
+        layer_norm=True, exploration_fraction=0.12, eval_frequency=20_000,
     ),
     "MountainCar-v0": dict(
         total_timesteps=120_000, num_envs=8, learning_rate=1e-3, anneal_lr=True, buffer_size=120_000,
-        learning_starts=2_000, train_frequency=4, n_step=20, layer_norm=True, exploration_fraction=0.3, end_e=0.1,
-        eval_frequency=10_000,
+        learning_starts=1_000, train_frequency=4, n_step=5, target_network_frequency=200, layer_norm=True,
+        exploration_fraction=0.1, end_e=0.02, eval_frequency=20_000,
     ),
     "LunarLander-v3": dict(
         total_timesteps=200_000, num_envs=8, learning_rate=5e-4, anneal_lr=True, buffer_size=200_000,
@@ -393,20 +393,19 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool
 # Smallest side of an image -> channels, kernel and stride of each convolution: Mnih's, and Young & Tian's for MinAtar.
 CONVOLUTIONS = {36: ((32, 8, 4), (64, 4, 2), (64, 3, 1)), 3: ((16, 3, 1),)}
 
-
 class QNetwork(nn.Module):
     """Q(s, ·) as a multi-layer perceptron, for images on top of convolutions.
 
     Images are observations of uint8 or bool with two or three dimensions, channels first or last, or stacks of them.
-    Bytes are scaled to [0, 1]. Without hidden layers Q is linear in what comes before. `dueling` reads a state value V
-    and advantages A from the last layer, Q = V + A - mean(A) (Wang, equation 9).
+    Bytes are scaled to [0, 1], and entries bounded by less than 0.1 to [-1, 1]: MountainCar's velocity, at most 0.07,
+    would hardly count otherwise. Without hidden layers Q is linear in what comes before. `dueling` reads a state value
+    V and advantages A from the last layer, Q = V + A - mean(A) (Wang, equation 9).
     """
 
     def __init__(self, space: gym.spaces.Box, num_actions: int, hidden_sizes: Sequence[int] = (120, 84),
                  dueling: bool = False, layer_norm: bool = False, frame_stack: int = 1, amp: bool = False) -> None:
         super().__init__()
         self.dueling, self.amp = dueling, amp
-        self.scale = 1 / float(space.high.max()) if space.dtype == np.uint8 else 1.0
         frame, inputs, convolutions = space.shape[frame_stack > 1 :], math.prod(space.shape), ()
         self.channels_last, self.image = len(frame) == 3 and frame[-1] <= frame[0], None
         if space.dtype in (np.uint8, np.bool_) and len(frame) in (2, 3):
@@ -414,6 +413,11 @@ class QNetwork(nn.Module):
             channels = inputs // (height * width)
             convolutions = next((c for side, c in CONVOLUTIONS.items() if side <= min(height, width)), ())
             self.image = (channels, height, width) if convolutions else None
+
+        bounds = np.maximum(*(np.abs(bound.astype(np.float32)).flatten() for bound in (space.low, space.high)))
+        bounds = bounds.max() if space.dtype == np.uint8 else np.where((bounds > 0) & (bounds < 0.1), bounds, 1)
+        self.register_buffer("scale", torch.tensor(1 / bounds, dtype=torch.float32), persistent=False)
+        self.scaled = bool((self.scale != 1).any())
 
         layers: list[nn.Module] = []
         for outputs, kernel, stride in convolutions:
@@ -435,7 +439,7 @@ class QNetwork(nn.Module):
             x = observations.movedim(-1, -3) if self.channels_last else observations
             x = x.reshape(len(x), *self.image)
             x = x.to(torch.float32, memory_format=torch.channels_last)  # a third faster on a CPU
-        if self.scale != 1:
+        if self.scaled:
             x = x * self.scale
         with torch.autocast(x.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
             for layer in self.layers:
@@ -1386,8 +1390,10 @@ class Result:
     steps_per_second: float  # of training, evaluations not counted
 
 
-def train(args: Args) -> Result:
+def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> Result:
     """Run one experiment, or go on with one: train, evaluate, report.
+
+    `watch` is called with global_step and the learner whenever losses are logged, to measure what the log does not.
 
     Raises:
         UsageError: a setting cannot work; nothing was written.
@@ -1473,6 +1479,8 @@ def train(args: Args) -> Result:
                 diverged = "learning diverged; lower --learning-rate or set --max-grad-norm"
                 check_finite(global_step, diverged, loss=diagnostics.get("losses/td_loss", 0.0))
                 report.progress(global_step, epsilon, learner.learning_rate.item(), diagnostics)
+                if watch:
+                    watch(global_step, learner)
 
             if due(args.checkpoint_frequency, global_step, args.num_envs) and not at_end:
                 report.checkpoint(parts)

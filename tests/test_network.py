@@ -29,6 +29,21 @@ def test_the_forward_pass_is_that_of_the_layers_called_in_turn():
     assert torch.equal(network(observations), network.output(network.layers(observations.flatten(1))))
 
 
+def test_entries_bounded_by_less_than_a_tenth_are_stretched_and_others_left_alone():
+    low, high = np.array([-0.05, 0.0, -4.0, -np.inf, 0.0, 0.0]), np.array([0.02, 0.01, 2.0, np.inf, 0.2, 0.0])
+    network = QNetwork(gym.spaces.Box(low.astype(np.float32), high.astype(np.float32)), 1, hidden_sizes=())
+    with torch.no_grad():
+        network.output.weight[:] = torch.tensor([[1.0, 10.0, 100.0, 1e3, 1e4, 1e5]])
+        network.output.bias[:] = 0
+    values = [network(row[None]).item() for row in torch.eye(6)]
+    assert values == pytest.approx([20.0, 1000.0, 100.0, 1e3, 1e4, 1e5])  # 1 / 0.05, 10 / 0.01, then as they are
+
+
+def test_the_scale_of_observations_is_not_among_what_is_saved():
+    network = QNetwork(gym.spaces.Box(-0.1, 0.1, (2,), np.float32), 1, hidden_sizes=())
+    assert list(network.state_dict()) == ["output.weight", "output.bias"]
+
+
 def test_a_dueling_head_adds_the_centred_advantages_to_the_value():
     network = QNetwork(box(1), 3, hidden_sizes=(), dueling=True)
     with torch.no_grad():

@@ -213,6 +213,13 @@ def test_the_log_holds_every_tag(in_tmp):
     assert b"train_frequency" in plugins["_hparams_/session_start_info"].plugin_data.content
 
 
+def test_a_watcher_sees_the_learner_whenever_losses_are_logged(in_tmp):
+    seen = []
+    settings = SHORT | dict(log_frequency=300, target_network_frequency=600, tau=1.0)
+    train(Args(**settings), lambda step, learner: seen.append((step, learner.learned_step)))
+    assert seen == [(300, 299), (600, 599), (900, 899), (1200, 1199)]  # what the last step owes comes after
+
+
 def test_the_logged_lag_is_that_before_a_hard_update_of_the_same_step(in_tmp):
     log = read_log(train(Args(**SHORT, target_network_frequency=100)).run_dir)
     assert all(event.value > 0 for event in log.Scalars("target/lag"))

@@ -1,89 +1,131 @@
-"""The default command over seeds: one tidy CSV and the figure of the README.
+"""What the default commands learn, seed by seed: one tidy CSV, the tables and the figures of the README.
 
     pip install -r requirements.txt -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/learning.py --env-id CartPole-v1 --seeds 11 12 13 14 15 16 17 18 19 20
+    python tests/benchmarks/learning.py                                        # hours on two cores
+    python tests/benchmarks/learning.py --experiments tuned --env-ids CartPole-v1 --seeds 11 12 13
+    python tests/benchmarks/learning.py --quick                                # everything, tiny, nothing is kept
 
-Writes results/ENV_ID.csv (a row for each evaluation of each seed, the verdict's 100 episodes last) and
-results/ENV_ID.svg, and prints a row for each seed. Runs as many processes as there are cores, one thread each.
+`tuned` runs `python dqn.py --env-id ENV`, `plain` adds `--no-tuned`, `ablation` changes one part of a tuned setting at
+a time. Runs that results/learning.csv holds are not repeated, so the script can be stopped and started again.
 """
 
-import contextlib
-import csv
-import io
-import os
-import sys
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).with_name("results")
+import figures
+import numpy as np
+import sweep
+import tyro
+from sweep import BEST, FINAL, RESULTS, SECONDS, SPREAD, STEPS, Row, Run, dqn
+
+CONTROL = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3")
+TOYS = ("FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1")
+ABLATED = ("CartPole-v1", "LunarLander-v3")
+CURVE = "eval/episodic_return"
+# Enough to go through everything, not to learn.
+QUICK = dict(total_timesteps=1_500, learning_starts=500, eval_frequency=750, eval_episodes=2, eval_max_steps=50,
+             buffer_size=5_000)
+Experiment = Literal["tuned", "plain", "ablation"]
+
+
+def ablations(env_id: str) -> dict[str, dict]:
+    """What each variant of an environment's tuned setting changes."""
+    base = dqn.Args(env_id=env_id)
+    switched = {"Double DQN": "double_q", "dueling": "dueling", "LayerNorm": "layer_norm"}
+    return {"one step": {"n_step": 1}} | {
+        f"{'without' if getattr(base, name) else 'with'} {word}": {name: not getattr(base, name)}
+        for word, name in switched.items()
+    } | {"soft sync": {"target_network_frequency": base.train_frequency, "tau": 0.005}}
 
 
 @dataclass
 class Options:
     """What to run."""
 
-    env_id: str = "CartPole-v1"  # environment
+    experiments: tuple[Experiment, ...] = ("tuned", "plain", "ablation")  # in this order
+    env_ids: tuple[str, ...] = CONTROL + TOYS  # environments; those that an experiment does not have are left out
     seeds: tuple[int, ...] = tuple(range(11, 21))  # one run each
+    quick: bool = False  # two seeds, a few hundred steps, in a temporary folder
 
 
-def run(env_id: str, seed: int) -> tuple[list[tuple], str]:
-    """Rows for the CSV and a line for the table, from one run of the default settings."""
-    sys.path.insert(0, str(ROOT))
-    import dqn
-
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        os.chdir(folder)
-        result = dqn.train(dqn.Args(env_id=env_id, seed=seed))
-        os.chdir(ROOT)
-    seconds, final = time.perf_counter() - start, result.final_returns
-    rows = [(env_id, seed, step, round(mean, 3)) for step, mean in result.evaluations]
-    return rows, (f"| {seed} | {final.mean():.1f} ± {final.std():.1f} | {result.best_return:.1f} | "
-                  f"{result.global_step:,} | {seconds:.1f} s |")
+def runs(options: Options) -> list[Run]:
+    """All runs that are asked for."""
+    settings = {
+        "tuned": [(env_id, "tuned", {}) for env_id in CONTROL],
+        "plain": [(env_id, "plain", {"tuned": False}) for env_id in CONTROL + TOYS],
+        "ablation": [(env_id, name, changes) for env_id in ABLATED
+                     for name, changes in ({"tuned": {}} | ablations(env_id)).items()],
+    }
+    return [Run(env_id, name, seed, changes | (QUICK if options.quick else {}))
+            for experiment in options.experiments for env_id, name, changes in settings[experiment]
+            if env_id in options.env_ids for seed in options.seeds]
 
 
-def draw(rows: list[tuple], path: Path) -> None:
-    """Greedy return over steps: a thin line for each seed, a thick one for the mean of the seeds still running."""
-    import matplotlib as mpl
+def curve(rows: Iterable[Row], env_id: str, setting: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (T,) of the evaluations and their returns (seeds, T); a run that has ended keeps its last value."""
+    seeds = sweep.table(rows, env_id, setting, CURVE).values()
+    steps = sorted({step for values in seeds for step in values})
+    returns = [[values[max(s for s in values if s <= step or s == min(values))] for step in steps] for values in seeds]
+    return np.array(steps), np.array(returns)
 
-    mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "dqn"
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for seed in sorted({row[1] for row in rows}):
-        curve = [(step, value) for _, s, step, value in rows if s == seed]
-        (line,) = axes.plot(*zip(*curve, strict=True), color="tab:blue", alpha=0.45, linewidth=1)
-        axes.plot(*curve[-1], "o", color="tab:blue", alpha=0.6, markersize=4)
-    line.set_label("one seed, dot: the verdict")
-    axes.set(xlabel="environment steps", ylabel="greedy return", title=rows[0][0])
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, metadata={"Date": None})
+def draw(path: Path, rows: list[Row], shown: dict[str, list[str]], columns: int) -> None:
+    """A panel for each environment: its settings' interquartile mean with its interval, and every seed of the first."""
+    with figures.panels(path, list(shown), columns, xlabel="environment steps", ylabel="greedy return") as places:
+        for axes, (env_id, settings) in zip(places, shown.items(), strict=True):
+            for number, setting in enumerate(settings):
+                steps, returns = curve(rows, env_id, setting)
+                if number == 0 and len(settings) == 1:
+                    for line in returns:
+                        axes.plot(steps, line, color="gray", alpha=0.35, linewidth=0.7, label="one seed")
+                band = np.array([sweep.interval(column) for column in returns.T])
+                axes.plot(steps, sweep.iqm(returns, axis=0), color=f"C{number}",
+                          label=setting if len(settings) > 1 else "interquartile mean, 95% interval")
+                axes.fill_between(steps, *band.T, color=f"C{number}", alpha=0.2, linewidth=0)
+            axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
+
+
+def tables(rows: list[Row], shown: Iterable[tuple[str, str]]) -> str:
+    """Markdown: a line for each environment and setting, then every seed's final return."""
+    summary = ["| environment | setting | final return: IQM (95% interval) | lowest | best network | steps | time |",
+               "|-|-|-|-|-|-|-|"]
+    every = ["| environment | setting | final greedy return ± spread over 100 episodes, seed by seed |", "|-|-|-|"]
+    for env_id, setting in shown:
+        final, spread, best, steps, seconds = (sweep.last(rows, env_id, setting, tag)
+                                               for tag in (FINAL, SPREAD, BEST, STEPS, SECONDS))
+        low, high = sweep.interval(final)
+        summary.append(f"| {env_id} | {setting} | {sweep.iqm(final):.1f} ({low:.1f} to {high:.1f}) | "
+                       f"{final.min():.1f} | {best.mean():.1f} | {steps.mean():,.0f} | {seconds.mean():.0f} s |")
+        each = ", ".join(f"{mean:.1f} ± {wide:.1f}" for mean, wide in zip(final, spread, strict=True))
+        every.append(f"| {env_id} | {setting} | {each} |")
+    return "\n".join([*summary, "", *every])
+
+
+def report(rows: list[Row], folder: Path) -> None:
+    """Print the tables and draw the figures for what there is."""
+    there = list(dict.fromkeys(row[:2] for row in rows))
+    print(tables(rows, there))
+    for setting, columns in (("tuned", 2), ("plain", 4)):
+        if shown := {env_id: [setting] for env_id in CONTROL + TOYS if (env_id, setting) in there}:
+            draw(folder / f"{setting}.svg", rows, shown, columns)
+    variants = {env_id: [name for name in ("tuned", *ablations(env_id)) if (env_id, name) in there]
+                for env_id in ABLATED}
+    if any(len(names) > 1 for names in variants.values()):
+        draw(folder / "ablation.svg", rows, {env_id: names for env_id, names in variants.items() if names}, 2)
 
 
 def main(options: Options) -> None:
-    """Run, write, draw."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    print("| seed | final greedy return | best evaluation | steps | whole run |\n|-|-|-|-|-|")
-    with ProcessPoolExecutor(os.cpu_count(), max_tasks_per_child=1) as executor:
-        table = []
-        for rows, line in executor.map(run, [options.env_id] * len(options.seeds), options.seeds):
-            table += rows
-            print(line, flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{options.env_id}.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("env_id", "seed", "step", "greedy_return"))
-        writer.writerows(table)
-    draw(table, RESULTS / f"{options.env_id}.svg")
+    """Run what is missing, then report."""
+    if options.quick:
+        options.seeds = options.seeds[:2]
+        with tempfile.TemporaryDirectory() as folder:
+            report(sweep.sweep(Path(folder, "learning.csv"), runs(options)), Path(folder))
+    else:
+        report(sweep.sweep(RESULTS / "learning.csv", runs(options)), RESULTS)
 
 
 if __name__ == "__main__":
-    import tyro
-
     main(tyro.cli(Options))

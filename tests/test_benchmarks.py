@@ -1,0 +1,141 @@
+"""The learning benchmarks in tests/benchmarks/: statistics, value iteration, resumable sweeps, all of it together."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).with_name("benchmarks")
+sys.path.insert(0, str(BENCHMARKS))
+
+import optimality  # noqa: E402
+import sweep  # noqa: E402
+
+# In state 0: stay (0), or try to go on (1), which succeeds half of the time and then brings 1. In state 1: stay (0)
+# for 2, or end the episode (1) for 3.
+TWO_STATES = {
+    0: {0: [(1.0, 0, 0.0, False)], 1: [(0.5, 1, 1.0, False), (0.5, 0, 0.0, False)]},
+    1: {0: [(1.0, 1, 2.0, False)], 1: [(1.0, 1, 3.0, True)]},
+}
+
+
+@pytest.fixture
+def two_states():
+    return optimality.Dynamics(TWO_STATES, np.array([1.0, 0.0]))
+
+
+def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end():
+    assert sweep.iqm(np.array([4.0, 1.0, 1000.0, 3.0, 2.0, 5.0, 6.0, -1000.0])) == (2 + 3 + 4 + 5) / 4
+    ten = np.array([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 1e9])  # two of ten at each end, as 2.5 is rounded down
+    assert sweep.iqm(ten) == (3 + 4 + 5 + 6 + 7 + 8) / 6
+    assert sweep.iqm(np.array([3.0, 5.0])) == 4
+
+
+def test_the_interquartile_mean_works_along_an_axis():
+    np.testing.assert_array_equal(sweep.iqm(np.array([[1, 10], [2, 20], [3, 30], [90, 900.0]]), axis=0), [2.5, 25])
+
+
+def test_the_bootstrap_interval_of_two_runs_reaches_from_one_to_the_other():
+    # Means of two draws from {0, 1}: 0 and 1 with probability 1/4 each, so both percentiles lie there.
+    assert sweep.interval(np.array([0.0, 1.0]), np.mean) == (0.0, 1.0)
+    assert sweep.interval(np.array([7.0, 7.0, 7.0])) == (7.0, 7.0)
+
+
+def test_the_bootstrap_of_many_runs_has_the_width_of_the_normal_approximation():
+    scores = np.arange(400.0)  # standard deviation 115.5, of the mean 5.77, so 95% are 199.5 ± 11.3
+    assert sweep.interval(scores, np.mean) == pytest.approx((188.2, 210.8), abs=1.5)
+
+
+def test_the_bootstrap_resamples_every_stratum_by_itself():
+    # Runs drawn whole would have a mean of 1/2 always; by strata the mean is 0, or 1, in one of 16 cases.
+    assert sweep.interval(np.array([[0.0, 1.0], [1.0, 0.0]]), np.mean) == (0.0, 1.0)
+    # Values never move to another stratum: the first is 0, the second's mean lies between 10 and 20.
+    assert sweep.interval(np.array([[0.0, 10.0], [0.0, 20.0]]), np.mean) == (5.0, 10.0)
+
+
+def test_value_iteration_solves_two_states_as_by_hand(two_states):
+    # gamma 1/2. Q(1, stay) = 2 / (1 - 1/2) = 4; Q(1, end) = 3; V(0) = (1 + 4/2) / 2 + V(0)/4 = 2; Q(0, stay) = V(0)/2.
+    np.testing.assert_allclose(two_states.optimal(0.5), [[1, 2], [4, 3]], atol=1e-9)
+
+
+def test_a_policy_is_worth_what_bellmans_equation_says(two_states):
+    np.testing.assert_allclose(two_states.value(np.array([0, 1]), 0.5), [0, 3], atol=1e-12)
+    np.testing.assert_allclose(two_states.value(np.array([1, 1]), 0.5), [(1 + 1.5) / 2 / 0.75, 3], atol=1e-12)
+
+
+def test_final_and_unreachable_states_are_no_states_to_begin_in():
+    table = {0: {0: [(1.0, 1, 0.0, False)]}, 1: {0: [(1.0, 2, 1.0, True)]}, 2: {0: [(1.0, 2, 0.0, True)]},
+             3: {0: [(1.0, 0, 0.0, False)]}}
+    assert optimality.Dynamics(table, np.array([1.0, 0, 0, 0])).states.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("env_id", ["CliffWalking-v1", "Taxi-v4"])
+def test_exploring_starts_move_as_the_environment_does(env_id):
+    envs, env = optimality.ExploringStarts(40, env_id), gym.make(env_id).unwrapped
+    envs.reset(seed=1)
+    env.reset(seed=1)
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        actions, states, over = rng.integers(envs.single_action_space.n, size=40), envs.state.copy(), envs.over.copy()
+        observations, rewards, terminated, _, _ = envs.step(actions)
+        assert observations.argmax(1).tolist() == envs.state.tolist()
+        for i in range(40):
+            if over[i]:
+                assert (rewards[i], terminated[i]) == (0, False)
+                assert envs.state[i] in envs.dynamics.states
+            else:
+                env.s = states[i]
+                assert (envs.state[i], rewards[i], terminated[i]) == env.step(int(actions[i]))[:3]
+
+
+def test_exploring_starts_slip_as_often_as_is_published():
+    envs = optimality.ExploringStarts(30_000, "FrozenLake-v1")
+    envs.reset(seed=1)
+    envs.state[:] = 14  # left of the goal: to the right or up or down, each in a third of the cases
+    _, rewards, terminated, _, _ = envs.step(np.full(30_000, 2))
+    assert rewards.mean() == pytest.approx(1 / 3, abs=0.02)
+    assert (terminated == (rewards == 1)).all()
+    assert np.bincount(envs.state, minlength=16)[[10, 14, 15]] / 30_000 == pytest.approx([1 / 3] * 3, abs=0.02)
+
+
+def test_exploring_starts_are_truncated_after_their_limit():
+    envs = optimality.ExploringStarts(1, "CliffWalking-v1")
+    envs.reset(seed=1)
+    envs.state[:] = 0
+    truncated = [envs.step(np.array([0]))[3][0] for _ in range(optimality.LIMIT + 1)]  # up, against the wall
+    assert truncated == [False] * (optimality.LIMIT - 1) + [True, False]
+
+
+def test_a_sweep_does_only_what_is_missing_or_out_of_date(tmp_path):
+    quick = dict(tuned=False, total_timesteps=300, learning_starts=100, eval_frequency=0, eval_max_steps=5)
+    path = tmp_path / "results.csv"
+    first = sweep.sweep(path, [sweep.Run("CartPole-v1", "quick", 1, quick)])
+    both = sweep.sweep(path, [sweep.Run("CartPole-v1", "quick", seed, quick) for seed in (1, 2)])
+    assert both[: len(first)] == first
+    assert {row.seed for row in both} == {1, 2}
+    changed = [sweep.Run("CartPole-v1", "quick", 1, quick | {"gamma": 0.5})]
+    again = sweep.sweep(path, changed)
+    assert {row.seed for row in again} == {1}
+    assert again[0].key != first[0].key
+    assert {(row.seed, row.key) for row in sweep.read(path)} == {(1, again[0].key), (2, first[0].key)}
+
+
+def test_a_table_learns_the_optimal_values_of_frozen_lake():
+    dynamics = optimality.published("FrozenLake-v1")
+    run = optimality.quick()
+    rows = sweep.do(run, optimality.watcher)
+    error, lost = (sweep.last(rows, run.env_id, run.setting, tag)[0] for tag in ("q/error", "policy/loss"))
+    assert error < 0.02
+    assert lost < 1e-6
+    assert dynamics.optimal(0.99).max() == pytest.approx(0.8628374, abs=1e-6)
+
+
+def test_the_quick_learning_benchmark_runs_from_end_to_end():
+    command = [sys.executable, str(BENCHMARKS / "learning.py"), "--quick"]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert output.returncode == 0, output.stderr
+    for env_id in ("CartPole-v1", "LunarLander-v3", "Taxi-v4", "Blackjack-v1"):
+        assert f"| {env_id} | plain |" in output.stdout
