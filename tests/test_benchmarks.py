@@ -123,10 +123,9 @@ def test_a_sweep_does_only_what_is_missing_or_out_of_date(tmp_path):
     assert {(row.seed, row.key) for row in sweep.read(path)} == {(1, again[0].key), (2, first[0].key)}
 
 
-def test_a_table_learns_the_optimal_values_of_frozen_lake():
-    dynamics = optimality.published("FrozenLake-v1")
-    run = optimality.quick()
-    rows = sweep.do(run, optimality.watcher)
+def test_a_table_learns_the_optimal_values_of_frozen_lake(tmp_path):
+    dynamics, run = optimality.published("FrozenLake-v1"), optimality.quick()
+    rows = sweep.sweep(tmp_path / "results.csv", [run], optimality.watcher)
     error, lost = (sweep.last(rows, run.env_id, run.setting, tag)[0] for tag in ("q/error", "policy/loss"))
     assert error < 0.02
     assert lost < 1e-6

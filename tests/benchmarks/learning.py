@@ -106,12 +106,14 @@ def tables(rows: list[Row], shown: Iterable[tuple[str, str]]) -> str:
 
 def report(rows: list[Row], folder: Path) -> None:
     """Print the tables and draw the figures for what there is."""
-    there = list(dict.fromkeys(row[:2] for row in rows))
+    done = {row[:2] for row in rows}
+    names = {env_id: ("tuned", "plain", *(ablations(env_id) if env_id in ABLATED else ())) for env_id in CONTROL + TOYS}
+    there = [(env_id, name) for env_id in names for name in names[env_id] if (env_id, name) in done]
     print(tables(rows, there))
     for setting, columns in (("tuned", 2), ("plain", 4)):
         if shown := {env_id: [setting] for env_id in CONTROL + TOYS if (env_id, setting) in there}:
             draw(folder / f"{setting}.svg", rows, shown, columns)
-    variants = {env_id: [name for name in ("tuned", *ablations(env_id)) if (env_id, name) in there]
+    variants = {env_id: [name for name in names[env_id] if (env_id, name) in there and name != "plain"]
                 for env_id in ABLATED}
     if any(len(names) > 1 for names in variants.values()):
         draw(folder / "ablation.svg", rows, {env_id: names for env_id, names in variants.items() if names}, 2)

@@ -108,7 +108,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def sweep(path: Path, runs: Iterable[Run], watcher: Callable[[Run], Watch] | None = None) -> list[Row]:
-    """Do the runs that are not in the CSV yet, one process a core, one thread each; the rows of all of them."""
+    """Do the runs that are not in the CSV yet, one process a core, one thread each; the rows of all."""
     os.environ["OMP_NUM_THREADS"] = "1"
     path.parent.mkdir(exist_ok=True)
     wanted = {(run.env_id, run.setting, run.key, run.seed): run for run in runs}
@@ -125,7 +125,7 @@ def sweep(path: Path, runs: Iterable[Run], watcher: Callable[[Run], Watch] | Non
             final = {row.tag: row.value for row in new}
             print(f"{number} of {len(tasks)}: {new[0].env_id} {new[0].setting} seed {new[0].seed}: final return "
                   f"{final[FINAL]:.1f} ± {final[SPREAD]:.1f}, {final[SECONDS]:.0f} s", flush=True)
-    return [row for row in rows if row[:4] in wanted]
+    return [row for row in read(path) if row[:4] in wanted]
 
 
 def table(rows: Iterable[Row], env_id: str, setting: str, tag: str) -> dict[int, dict[int, float]]:

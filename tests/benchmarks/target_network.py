@@ -114,7 +114,9 @@ def report(rows: list[Row], options: Options) -> None:
         tag, reduce = SHOWN[title]
         return np.array([reduce(list(each.values())) for each in sweep.table(rows, env_id, name, tag).values()])
 
-    there = list(dict.fromkeys(row[:2] for row in rows))
+    done = {row[:2] for row in rows}
+    there = [(env_id, name) for env_id in options.env_ids for name in SETTINGS | HARSH_SETTINGS
+             if (env_id, name) in done]
     print("| environment | target network | final return: IQM (95% interval) | lowest to highest seed | solved | "
           "TD targets move by | largest abs(Q): median (highest) | beyond any return | lag |\n|-|-|-|-|-|-|-|-|-|")
     for env_id, name in there:
