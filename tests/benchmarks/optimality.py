@@ -168,7 +168,7 @@ def runs(options: Options) -> list[Run]:
 
 def quick() -> Run:
     """A run of seconds that learns FrozenLake-v1 as a table."""
-    changes = dict(total_timesteps=600_000, log_frequency=600_000)
+    changes = dict(total_timesteps=2_000_000, log_frequency=2_000_000)
     return Run(PREFIX + "FrozenLake-v1", "quick", 1, settings("FrozenLake-v1", "table", "100") | changes)
 
 
