@@ -161,7 +161,7 @@ class Reporting:
     wandb_project_name: str = "dqn"  # project there
     wandb_entity: str | None = None  # team there
     cuda: bool = True  # use a GPU where there is one
-    compile: bool = torch.cuda.is_available()  # compile the gradient step; on a GPU it becomes one CUDA graph
+    compile: bool = torch.cuda.is_available()  # compile the gradient; on a GPU it becomes one CUDA graph
     amp: bool = False  # compute all layers but the last in bfloat16
     torch_deterministic: bool = True  # have cuDNN use deterministic kernels only
 
@@ -693,32 +693,6 @@ def sync_target(target: Tensor, online: Tensor, tau: float) -> None:
     target.lerp_(online, tau)
 
 
-class CudaGraph:
-    """A function of tensors on a GPU that becomes one CUDA graph, a single launch, at its fourth call."""
-
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
-        self.function, self.calls = function, 0
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What the function returns; its tensors are overwritten by the next call."""
-        self.calls += 1
-        if self.calls < 4:  # libraries set themselves up in the first calls, which a graph must not contain
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            return outputs
-        if self.calls == 4:
-            self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(*self.inputs)
-        for place, tensor in zip(self.inputs, inputs, strict=True):
-            place.copy_(tensor)
-        self.graph.replay()
-        return self.outputs
-
-
 class Learner:
     """The two networks, the optimiser and the replay buffer: all that learning changes."""
 
@@ -766,46 +740,35 @@ class Learner:
         gradients = torch.autograd.grad(loss, self.leaves)
         return loss.detach(), q_values.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
-    def update(self, *index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of Adam on a batch; what `td_gradient` returns, the gradient as Adam received it."""
-        loss, q_values, gradient = self.td_gradient(*index)
-        if self.args.max_grad_norm:
-            gradient *= (self.args.max_grad_norm / gradient.norm()).clamp(max=1.0)
-        self.optimizer.step(gradient, self.learning_rate)
-        return loss, q_values, gradient
-
     def gradient_step(self) -> None:
-        """Draw a batch and learn from it."""
+        """Draw a batch and take a step of Adam on it; `gradient` is what Adam received."""
         index = self.replay.index(self.args.batch_size, self.replay_rng)
-        self.loss, self.q_values, self.gradient = self.update(*index)
+        self.loss, self.q_values, self.gradient = self.td_gradient(*index)
+        if self.args.max_grad_norm:
+            self.gradient *= (self.args.max_grad_norm / self.gradient.norm()).clamp(max=1.0)
+        self.optimizer.step(self.gradient, self.learning_rate)
 
     def compile(self) -> None:
-        """Make `td_gradient` one compiled function, and on a GPU `update` one CUDA graph.
+        """Make `td_gradient` one compiled function, on a GPU one CUDA graph.
 
         Where that fails, for want of a compiler say, the reason is printed and all stays as it is.
         """
         say("compiling     the gradient step, which can take a minute")
         import torch._dynamo
 
+        torch._dynamo.reset()  # what an earlier run in this process compiled
+        torch._dynamo.config.trace_autograd_ops = True  # the gradient belongs to the function
         slots = np.zeros(self.args.batch_size, np.int64)
         arrays = (self.replay.stack(slots), slots, np.float32(slots), self.replay.stack(slots), np.float32(slots))
         index = [torch.from_numpy(array).to(self.device) for array in arrays]
-        torch._dynamo.reset()  # what an earlier run in this process compiled
-        torch._dynamo.config.trace_autograd_ops = True  # the gradient belongs to the function
-        plain, rate = self.td_gradient, self.learning_rate.clone()
-        update = CudaGraph(self.update) if self.device.type == "cuda" else self.update
-        self.learning_rate.zero_()  # these first steps move nothing
+        torch._dynamo.mark_static_address(self.replay.frames)  # or a CUDA graph would copy all of them at each call
+        compiled = torch.compile(self.td_gradient, fullgraph=True, mode="reduce-overhead")  # a CUDA graph on a GPU
         try:
-            self.td_gradient = torch.compile(self.td_gradient, fullgraph=True)
-            for _ in range(5):
-                update(*index)
-            self.update = update
+            for _ in range(3):  # it is recorded in the second call and replayed from the third on
+                compiled(*index)
+            self.td_gradient = compiled
         except Exception as error:
-            self.td_gradient = plain
             say(f"--compile: goes on without, {' '.join(str(error).split()):.200}")
-        self.learning_rate.copy_(rate)
-        for tensor in (self.optimizer.steps, self.optimizer.mean, self.optimizer.square):
-            tensor.zero_()
 
     def learn(self, until: int) -> None:
         """Take the gradient steps and target updates that are due up to the environment step `until`.
