@@ -538,8 +538,8 @@ class ReplayBuffer:
             most = (int(free / slot_bytes) // num_envs - frame_stack) * num_envs
             raise UsageError(f"--buffer-size {capacity}: the replay buffer needs {needed / 2**30:,.1f} GiB, "
                              f"{free / 2**30:,.1f} GiB are free; must be at most {most:,}")
-        self.dtype = torch.from_numpy(np.zeros(0, frame)).dtype
-        self.frames = torch.zeros((self.num_slots + (frame_stack > 1), *shape), dtype=self.dtype, device=place)
+        dtype = torch.from_numpy(np.zeros(0, frame)).dtype
+        self.frames = torch.zeros((self.num_slots + (frame_stack > 1), *shape), dtype=dtype, device=place)
         self.host = self.frames.numpy() if place.type == "cpu" else None  # the same memory
         self.actions, self.rewards = np.zeros(self.num_slots, action), np.zeros(self.num_slots, np.float32)
         # terminated: the TD target does not bootstrap. ended: the next step only resets.
@@ -839,7 +839,7 @@ class Rollout:
         self.reset_step, self.passes = self.global_step, 0
         self.returns[:], self.lengths[:], self.ended[:] = 0, 0, False
         observations, self.lives[:] = self.begin()
-        check_finite(self.global_step, FAULTY, observations=observations)
+        check_finite(self.global_step, observations=observations)
         self.replay.reset(observations)
 
     def step(self, actions: np.ndarray, meanwhile: Callable[[], None]) -> list[tuple[float, float]]:
@@ -859,7 +859,7 @@ class Rollout:
         else:
             meanwhile()
             observations, rewards, terminated, truncated, infos = self.envs.step(shifted)
-        check_finite(self.global_step, FAULTY, observations=observations, rewards=rewards)
+        check_finite(self.global_step, observations=observations, rewards=rewards)
         ended = terminated | truncated
         if self.episodic_life:
             terminated = terminated | (infos["lives"] < self.lives)
@@ -885,7 +885,8 @@ class Rollout:
             observations, rewards, *_ = self.envs.step(actions + self.first_action)
             slots = (self.replay.row - age) * len(actions) + np.arange(len(actions))
             same &= age > self.replay.filled or np.array_equal(self.replay.rewards[slots], rewards.astype(np.float32))
-        return same and torch.equal(self.replay.newest().cpu(), torch.from_numpy(observations).to(self.replay.dtype))
+        newest = self.replay.newest().cpu()
+        return same and torch.equal(newest, torch.from_numpy(observations).to(newest.dtype))
 
 
 class Evaluation(NamedTuple):
@@ -968,7 +969,7 @@ def unpack(current: Any, saved: Any, device: torch.device) -> Any:
     return current
 
 
-def write_file(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+def write_file(path: Path, content: dict[str, Any], previous: str = "") -> None:
     """Save `content` so that a reader, even after a crash, finds the old file or the new one, whole.
 
     With `previous` the old file stays under that name. Raises OSError or RuntimeError where nothing could be written.
@@ -981,15 +982,11 @@ def write_file(path: Path, content: dict[str, Any], previous: Path | None = None
             os.fsync(file.fileno())
         if previous:
             with contextlib.suppress(OSError, AttributeError):  # no old file, or a file system without hard links
-                spare = previous.with_suffix(".tmp")
-                spare.unlink(missing_ok=True)
-                os.link(path, spare)
-                spare.replace(previous)
+                path.with_name(previous).unlink(missing_ok=True)
+                os.link(path, path.with_name(previous))
         partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every system can flush a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -1081,7 +1078,6 @@ def summarize(returns: Sequence[float]) -> str:
     return f"{mean:.1f} ± {spread:.1f}, min {low:.1f}, max {high:.1f}, over {len(returns)} greedy episodes"
 
 
-EPISODE_TAGS = ("charts/episodic_return", "charts/episodic_length")
 # TensorBoard's custom-scalars page: title -> tags drawn in one chart
 CHARTS = {
     "return": ["charts/episodic_return", "eval/episodic_return"],
@@ -1203,8 +1199,7 @@ class Report:
         """Write a file that `read_file` reads, with the settings."""
         settings = dataclasses.asdict(self.args) | {"resume": None}
         with self.writing(name):
-            write_file(self.run_dir / name, {"format": FORMAT, "args": settings} | content,
-                       self.run_dir / previous if previous else None)
+            write_file(self.run_dir / name, {"format": FORMAT, "args": settings} | content, previous)
 
     def checkpoint(self, parts: dict[str, Any]) -> None:
         """Save all that the future of the run depends on; keep the checkpoint before it."""
@@ -1241,7 +1236,7 @@ class Report:
         self.lap(step)
         result = evaluate(network, envs, episodes, seed, self.args.gamma, self.args.eval_max_steps, interrupted)
         if result is not None:
-            check_finite(step, FAULTY, evaluation=result.returns)
+            check_finite(step, evaluation=result.returns)
             mean, length, q_bias = (float(values.mean()) for values in result)
             self.scalars(step, {"eval/episodic_return": mean, "eval/episodic_length": length, "eval/q_bias": q_bias})
             self.flush()
@@ -1307,29 +1302,22 @@ def caught_signals() -> Iterator[list[int]]:
     A second one finds the handlers that were there before.
     """
     received: list[int] = []
+    with contextlib.ExitStack() as handlers:
 
-    def receive(signum: int, frame: Any) -> None:
-        received.append(signum)
-        restore()
+        def receive(signum: int, frame: Any) -> None:
+            received.append(signum)
+            handlers.close()
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    in_main = threading.current_thread() is threading.main_thread()  # only there does Python set handlers
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
-    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if threading.current_thread() is threading.main_thread():  # only there does Python set handlers
+                handlers.callback(signal.signal, number, signal.signal(number, receive))
         yield received
-    finally:
-        restore()
     if received:
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
 
 
-FAULTY = "the environment returned NaN or infinity"
-
-
-def check_finite(step: int, reason: str, **values: np.ndarray | float) -> None:
+def check_finite(step: int, reason: str = "the environment returned NaN or infinity",
+                 **values: np.ndarray | float) -> None:
     """Raise TrainingError if one of the values is NaN or infinite."""
     for name, value in values.items():
         whole = isinstance(value, np.ndarray) and value.dtype.kind != "f"  # numbers, which are finite
@@ -1424,9 +1412,10 @@ def train(args: Args) -> Result:
             decay_steps = args.exploration_fraction * args.total_timesteps
             epsilon = linear_schedule(args.start_e, args.end_e, decay_steps, global_step)
             learn = functools.partial(learner.learn, global_step)  # what the steps so far owe
-            for episode in rollout.step(learner.act(replay.newest(), epsilon), meanwhile=learn):
-                report.recent = [*report.recent[-19:], episode[0]]
-                report.scalars(rollout.global_step, dict(zip(EPISODE_TAGS, episode, strict=True)))
+            for total, length in rollout.step(learner.act(replay.newest(), epsilon), meanwhile=learn):
+                report.recent = [*report.recent[-19:], total]
+                values = {"charts/episodic_return": total, "charts/episodic_length": length}
+                report.scalars(rollout.global_step, values)
             report.bar.update(args.num_envs)
 
             global_step, at_end = rollout.global_step, rollout.global_step >= args.total_timesteps
