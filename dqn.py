@@ -33,9 +33,7 @@ import copy
 import dataclasses
 import difflib
 import functools
-import importlib
 import importlib.util
-import inspect
 import io
 import itertools
 import math
@@ -59,7 +57,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.envs.registration import load_env_creator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -186,7 +183,7 @@ class Args(Existing, Reporting, Exploration, Network, Learning, Environment):
         return args
 
     def __post_init__(self) -> None:
-        for name, value in tuned_settings(self.env_id, self.tuned).items():
+        for name, value in tuned_settings(self).items():
             if name not in self._given:
                 setattr(self, name, value)
 
@@ -226,7 +223,7 @@ TUNED: dict[str, dict[str, Any]] = {
 
 # What may be changed for a run that exists; anything else would be another experiment.
 OVERRIDES = {
-    "resume": ("resume", "total_timesteps", "checkpoint_frequency", "checkpoint_replay", "eval_frequency",
+    "resume": ("total_timesteps", "checkpoint_frequency", "checkpoint_replay", "eval_frequency",
                "eval_episodes", "eval_max_steps", "stop_return", "log_frequency", "save_model", "capture_video", "cuda",
                "compile", "track", "wandb_project_name", "wandb_entity"),
     "evaluate": ("evaluate", "which", "render", "seed", "eval_episodes", "eval_max_steps", "vectorization",
@@ -257,14 +254,11 @@ RELATIONS = (
 )
 
 
-def tuned_settings(env_id: str, tuned: bool = True) -> dict[str, Any]:
-    """What TUNED holds for an environment; nothing where it is not to be used."""
-    name = env_id.rpartition(":")[2]
-    return (TUNED.get(name) or TUNED.get(name.partition("/")[0] + "/") or {}) if tuned else {}
+def tuned_settings(args: Environment) -> dict[str, Any]:
+    """What TUNED holds for the environment; nothing where it is not to be used."""
+    name = args.env_id.rpartition(":")[2]
+    return (TUNED.get(name) or TUNED.get(name.partition("/")[0] + "/") or {}) if args.tuned else {}
 
-
-# Settings that only Atari games know.
-ATARI = ("sticky_actions", "episodic_life", "full_action_space")
 
 
 def flag(args: Args, name: str) -> str:
@@ -282,7 +276,7 @@ def validate(args: Args) -> None:
     for name, other, right, holds in RELATIONS:
         if not holds(getattr(args, name), getattr(args, other)):
             raise UsageError(f"{flag(args, name)}: {right} {flag(args, other)}")
-    for name in ATARI:
+    for name in ("sticky_actions", "episodic_life", "full_action_space"):
         if getattr(args, name) != getattr(Environment, name) and "ALE/" not in args.env_id:
             raise UsageError(f"{flag(args, name)}: only Atari games (ALE/...) have this; leave it out")
     for name, module in (("track", "wandb"), ("capture_video", "moviepy")):
@@ -356,10 +350,9 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool
         settings |= {"repeat_action_probability": args.sticky_actions, "full_action_space": args.full_action_space}
         settings |= {"frameskip": 1} if mode != "native" else {
             "stack_num": args.frame_stack, "reward_clipping": False, "use_fire_reset": False}
+    if env_id.startswith("CarRacing-"):
+        settings["continuous"] = False  # it has discrete actions, too
     try:
-        made_by = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
-        if not atari and made_by and "continuous" in inspect.signature(made_by).parameters:
-            settings["continuous"] = False  # CarRacing has discrete actions, too
         if mode == "native":
             envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **settings)
             if not isinstance(envs.single_observation_space, spaces.Box):
@@ -454,10 +447,8 @@ def flatten_parameters(module: nn.Module) -> Tensor:
 
     Adam, a target update and a norm become one operation each instead of one per layer.
     """
-    parameters = list(module.parameters())
-    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    for parameter, data in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.data = data.view_as(parameter)
+    flat = nn.utils.parameters_to_vector(module.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, module.parameters())
     return flat
 
 
@@ -1039,7 +1030,8 @@ def existing_run(args: Args, verify: bool = True) -> tuple[Args, Path, dict[str,
                 advice = f"; the one before it, of step {step:,}, is whole: --{purpose} {older}"
         raise UsageError(f"{named}: {error}{advice}") from None
     saved = content["args"] | ({"capture_video": False} if args.evaluate is not None else {})
-    changed = {name: getattr(args, name) for name in args._given if getattr(args, name) != saved.get(name)}
+    given = args._given - {"resume"}
+    changed = {name: getattr(args, name) for name in given if getattr(args, name) != saved.get(name)}
     for name in changed.keys() - OVERRIDES[purpose]:
         raise UsageError(f"{flag(args, name)}: {named} has {saved.get(name)} and keeps it; leave it out")
     try:
@@ -1197,8 +1189,8 @@ class Report:
 
     def save(self, name: str, content: dict[str, Any], previous: str = "") -> None:
         """Write a file that `read_file` reads, with the settings."""
-        settings = dataclasses.asdict(self.args) | {"resume": None}
         with self.writing(name):
+            settings = dataclasses.asdict(self.args)
             write_file(self.run_dir / name, {"format": FORMAT, "args": settings} | content, previous)
 
     def checkpoint(self, parts: dict[str, Any]) -> None:
@@ -1272,7 +1264,7 @@ class Report:
 
 def describe(args: Args) -> str:
     """The settings in force, by section; a star marks those that TUNED brought."""
-    tuned, lines = tuned_settings(args.env_id, args.tuned), []
+    tuned, lines = tuned_settings(args), []
     for section in SECTIONS[:-1]:
         names = (field.name for field in dataclasses.fields(section))
         words = ", ".join(flag(args, n)[2:] + "*" * ((n, getattr(args, n)) in tuned.items()) for n in names)
@@ -1285,10 +1277,9 @@ def create_run_dir(args: Args) -> Path:
     """Make a folder under runs/, its own even if another run starts in this second; UsageError if that fails."""
     name = re.sub(r"[^\w.=+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     try:
-        Path("runs").mkdir(exist_ok=True)
         for suffix in itertools.chain([""], map("_{}".format, itertools.count(2))):
             with contextlib.suppress(FileExistsError):
-                (run_dir := Path("runs", name + suffix)).mkdir()
+                (run_dir := Path("runs", name + suffix)).mkdir(parents=True)
                 return run_dir
     except OSError as error:
         place = Path("runs").absolute()
@@ -1378,7 +1369,7 @@ def train(args: Args) -> Result:
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"--resume {path}: does not fit {args.env_id} as it is here: {error!r}") from None
         run_dir = path.parent if saved else create_run_dir(args)
-        report.open(run_dir, rollout.global_step, saved.get("args") != dataclasses.asdict(args) | {"resume": None})
+        report.open(run_dir, rollout.global_step, saved.get("args") != dataclasses.asdict(args))
         stack.callback(report.close)
         say(f"{describe(args)}\nrun folder    {run_dir}")
         if saved:
@@ -1534,8 +1525,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
                 defaults, shown = existing_run(Args(**vars(existing)), verify=False)[0], "that run"
             else:
                 defaults = Args(env_id=chosen.env_id, tuned=chosen.tuned)
-                known = tuned_settings(chosen.env_id, chosen.tuned)
-                shown = f"the TUNED settings of {chosen.env_id}" if known else "plain DQN"
+                shown = f"the TUNED settings of {chosen.env_id}" if tuned_settings(defaults) else "plain DQN"
             parts = [s(**{f.name: getattr(defaults, f.name) for f in dataclasses.fields(s)}) for s in SECTIONS]
             parsed = tyro.cli(sections, args=argv, default=sections(*parts), config=(tyro.conf.OmitArgPrefixes,),
                               description=f"Train a deep Q-network. Defaults shown are those of {shown}.")
