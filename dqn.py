@@ -370,16 +370,15 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool
             process.terminate = process.kill
     actions, observations = envs.single_action_space, envs.single_observation_space
     autoreset = envs.metadata.get("autoreset_mode")
-    fault = None
-    if not isinstance(actions, spaces.Discrete):
-        fault = f"DQN needs a Discrete action space, this one is {actions}"
-    elif not isinstance(observations, spaces.Box):
-        fault = f"observations {observations} cannot be flattened to numbers"
-    elif autoreset != gym.vector.AutoresetMode.NEXT_STEP:
-        fault = f"resets itself in mode {autoreset}; only AutoresetMode.NEXT_STEP keeps the stream of transitions whole"
-    if fault:
-        envs.close()
-        raise UsageError(f"{named}: {fault}")
+    for wrong, fault in (
+        (not isinstance(actions, spaces.Discrete), f"DQN needs a Discrete action space, this one is {actions}"),
+        (not isinstance(observations, spaces.Box), f"observations {observations} cannot be flattened to numbers"),
+        (autoreset != gym.vector.AutoresetMode.NEXT_STEP,
+         f"resets itself in mode {autoreset}; only AutoresetMode.NEXT_STEP keeps the stream of transitions whole"),
+    ):
+        if wrong:
+            envs.close()
+            raise UsageError(f"{named}: {fault}")
     return envs
 
 
@@ -899,14 +898,14 @@ def evaluate(q_network: nn.Module, envs: gym.vector.VectorEnv, episodes: int, se
     device, rounds = next(q_network.parameters()).device, []
     for played in range(0, episodes, envs.num_envs):
         running = np.arange(envs.num_envs) < episodes - played
-        wanted, start_values = running.copy(), None
+        wanted = running.copy()
         returns, discounted, lengths = np.zeros((3, envs.num_envs))
         observations, _ = envs.reset(seed=seed + played)
         for step in range(max_steps):
             if interrupted:
                 return None
             values, actions = q_network(torch.as_tensor(observations).to(device)).max(1)
-            if start_values is None:
+            if step == 0:
                 start_values = values.cpu().numpy()
             actions = actions.cpu().numpy() + envs.single_action_space.start
             observations, rewards, terminated, truncated, _ = envs.step(actions)
@@ -945,10 +944,9 @@ def unpack(current: Any, saved: Any, device: torch.device) -> Any:
     if hasattr(current, "STATE"):
         for name in current.STATE:
             setattr(current, name, unpack(getattr(current, name), saved[name], device))
-    elif isinstance(current, np.ndarray):
-        current[: len(saved)] = saved.numpy()
-    elif isinstance(current, Tensor):
-        (current[: len(saved)] if saved.ndim else current).copy_(saved)
+    elif isinstance(current, np.ndarray | Tensor):
+        place = torch.as_tensor(current)  # the same memory
+        (place[: len(saved)] if saved.ndim else place).copy_(saved)
     elif isinstance(current, np.random.Generator):
         current.bit_generator.state = saved
     elif isinstance(current, nn.Module):
