@@ -223,9 +223,9 @@ TUNED: dict[str, dict[str, Any]] = {
 
 # What may be changed for a run that exists; anything else would be another experiment.
 OVERRIDES = {
-    "resume": ("total_timesteps", "checkpoint_frequency", "checkpoint_replay", "eval_frequency",
-               "eval_episodes", "eval_max_steps", "stop_return", "log_frequency", "save_model", "capture_video", "cuda",
-               "compile", "track", "wandb_project_name", "wandb_entity"),
+    "resume": ("total_timesteps", "checkpoint_frequency", "checkpoint_replay", "eval_frequency", "eval_episodes",
+               "eval_max_steps", "stop_return", "log_frequency", "save_model", "capture_video", "cuda", "compile",
+               "track", "wandb_project_name", "wandb_entity"),
     "evaluate": ("evaluate", "which", "render", "seed", "eval_episodes", "eval_max_steps", "vectorization",
                  "capture_video", "cuda", "compile"),
 }
@@ -258,7 +258,6 @@ def tuned_settings(args: Environment) -> dict[str, Any]:
     """What TUNED holds for the environment; nothing where it is not to be used."""
     name = args.env_id.rpartition(":")[2]
     return (TUNED.get(name) or TUNED.get(name.partition("/")[0] + "/") or {}) if args.tuned else {}
-
 
 
 def flag(args: Args, name: str) -> str:
