@@ -33,9 +33,7 @@ import copy
 import dataclasses
 import difflib
 import functools
-import importlib
 import importlib.util
-import inspect
 import io
 import itertools
 import math
@@ -59,7 +57,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.envs.registration import load_env_creator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -161,7 +158,7 @@ class Reporting:
     wandb_project_name: str = "dqn"  # project there
     wandb_entity: str | None = None  # team there
     cuda: bool = True  # use a GPU where there is one
-    compile: bool = torch.cuda.is_available()  # compile the gradient step; on a GPU it becomes one CUDA graph
+    compile: bool = torch.cuda.is_available()  # compile the gradient; on a GPU it becomes one CUDA graph
     amp: bool = False  # compute all layers but the last in bfloat16
     torch_deterministic: bool = True  # have cuDNN use deterministic kernels only
 
@@ -186,7 +183,7 @@ class Args(Existing, Reporting, Exploration, Network, Learning, Environment):
         return args
 
     def __post_init__(self) -> None:
-        for name, value in tuned_settings(self.env_id, self.tuned).items():
+        for name, value in tuned_settings(self).items():
             if name not in self._given:
                 setattr(self, name, value)
 
@@ -226,9 +223,9 @@ TUNED: dict[str, dict[str, Any]] = {
 
 # What may be changed for a run that exists; anything else would be another experiment.
 OVERRIDES = {
-    "resume": ("resume", "total_timesteps", "checkpoint_frequency", "checkpoint_replay", "eval_frequency",
-               "eval_episodes", "eval_max_steps", "stop_return", "log_frequency", "save_model", "capture_video", "cuda",
-               "compile", "track", "wandb_project_name", "wandb_entity"),
+    "resume": ("total_timesteps", "checkpoint_frequency", "checkpoint_replay", "eval_frequency", "eval_episodes",
+               "eval_max_steps", "stop_return", "log_frequency", "save_model", "capture_video", "cuda", "compile",
+               "track", "wandb_project_name", "wandb_entity"),
     "evaluate": ("evaluate", "which", "render", "seed", "eval_episodes", "eval_max_steps", "vectorization",
                  "capture_video", "cuda", "compile"),
 }
@@ -257,14 +254,10 @@ RELATIONS = (
 )
 
 
-def tuned_settings(env_id: str, tuned: bool = True) -> dict[str, Any]:
-    """What TUNED holds for an environment; nothing where it is not to be used."""
-    name = env_id.rpartition(":")[2]
-    return (TUNED.get(name) or TUNED.get(name.partition("/")[0] + "/") or {}) if tuned else {}
-
-
-# Settings that only Atari games know.
-ATARI = ("sticky_actions", "episodic_life", "full_action_space")
+def tuned_settings(args: Environment) -> dict[str, Any]:
+    """What TUNED holds for the environment; nothing where it is not to be used."""
+    name = args.env_id.rpartition(":")[2]
+    return (TUNED.get(name) or TUNED.get(name.partition("/")[0] + "/") or {}) if args.tuned else {}
 
 
 def flag(args: Args, name: str) -> str:
@@ -282,7 +275,7 @@ def validate(args: Args) -> None:
     for name, other, right, holds in RELATIONS:
         if not holds(getattr(args, name), getattr(args, other)):
             raise UsageError(f"{flag(args, name)}: {right} {flag(args, other)}")
-    for name in ATARI:
+    for name in ("sticky_actions", "episodic_life", "full_action_space"):
         if getattr(args, name) != getattr(Environment, name) and "ALE/" not in args.env_id:
             raise UsageError(f"{flag(args, name)}: only Atari games (ALE/...) have this; leave it out")
     for name, module in (("track", "wandb"), ("capture_video", "moviepy")):
@@ -356,10 +349,9 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool
         settings |= {"repeat_action_probability": args.sticky_actions, "full_action_space": args.full_action_space}
         settings |= {"frameskip": 1} if mode != "native" else {
             "stack_num": args.frame_stack, "reward_clipping": False, "use_fire_reset": False}
+    if env_id.startswith("CarRacing-"):
+        settings["continuous"] = False  # it has discrete actions, too
     try:
-        made_by = load_env_creator(spec.entry_point) if isinstance(spec.entry_point, str) else spec.entry_point
-        if not atari and made_by and "continuous" in inspect.signature(made_by).parameters:
-            settings["continuous"] = False  # CarRacing has discrete actions, too
         if mode == "native":
             envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **settings)
             if not isinstance(envs.single_observation_space, spaces.Box):
@@ -377,16 +369,15 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool
             process.terminate = process.kill
     actions, observations = envs.single_action_space, envs.single_observation_space
     autoreset = envs.metadata.get("autoreset_mode")
-    fault = None
-    if not isinstance(actions, spaces.Discrete):
-        fault = f"DQN needs a Discrete action space, this one is {actions}"
-    elif not isinstance(observations, spaces.Box):
-        fault = f"observations {observations} cannot be flattened to numbers"
-    elif autoreset != gym.vector.AutoresetMode.NEXT_STEP:
-        fault = f"resets itself in mode {autoreset}; only AutoresetMode.NEXT_STEP keeps the stream of transitions whole"
-    if fault:
-        envs.close()
-        raise UsageError(f"{named}: {fault}")
+    for wrong, fault in (
+        (not isinstance(actions, spaces.Discrete), f"DQN needs a Discrete action space, this one is {actions}"),
+        (not isinstance(observations, spaces.Box), f"observations {observations} cannot be flattened to numbers"),
+        (autoreset != gym.vector.AutoresetMode.NEXT_STEP,
+         f"resets itself in mode {autoreset}; only AutoresetMode.NEXT_STEP keeps the stream of transitions whole"),
+    ):
+        if wrong:
+            envs.close()
+            raise UsageError(f"{named}: {fault}")
     return envs
 
 
@@ -458,10 +449,8 @@ def flatten_parameters(module: nn.Module) -> Tensor:
 
     Adam, a target update and a norm become one operation each instead of one per layer.
     """
-    parameters = list(module.parameters())
-    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    for parameter, data in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.data = data.view_as(parameter)
+    flat = nn.utils.parameters_to_vector(module.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, module.parameters())
     return flat
 
 
@@ -542,8 +531,8 @@ class ReplayBuffer:
             most = (int(free / slot_bytes) // num_envs - frame_stack) * num_envs
             raise UsageError(f"--buffer-size {capacity}: the replay buffer needs {needed / 2**30:,.1f} GiB, "
                              f"{free / 2**30:,.1f} GiB are free; must be at most {most:,}")
-        self.dtype = torch.from_numpy(np.zeros(0, frame)).dtype
-        self.frames = torch.zeros((self.num_slots + (frame_stack > 1), *shape), dtype=self.dtype, device=place)
+        dtype = torch.from_numpy(np.zeros(0, frame)).dtype
+        self.frames = torch.zeros((self.num_slots + (frame_stack > 1), *shape), dtype=dtype, device=place)
         self.host = self.frames.numpy() if place.type == "cpu" else None  # the same memory
         self.actions, self.rewards = np.zeros(self.num_slots, action), np.zeros(self.num_slots, np.float32)
         # terminated: the TD target does not bootstrap. ended: the next step only resets.
@@ -697,32 +686,6 @@ def sync_target(target: Tensor, online: Tensor, tau: float) -> None:
     target.lerp_(online, tau)
 
 
-class CudaGraph:
-    """A function of tensors on a GPU that becomes one CUDA graph, a single launch, at its fourth call."""
-
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
-        self.function, self.calls = function, 0
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What the function returns; its tensors are overwritten by the next call."""
-        self.calls += 1
-        if self.calls < 4:  # libraries set themselves up in the first calls, which a graph must not contain
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            return outputs
-        if self.calls == 4:
-            self.inputs, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(*self.inputs)
-        for place, tensor in zip(self.inputs, inputs, strict=True):
-            place.copy_(tensor)
-        self.graph.replay()
-        return self.outputs
-
-
 class Learner:
     """The two networks, the optimiser and the replay buffer: all that learning changes."""
 
@@ -770,46 +733,35 @@ class Learner:
         gradients = torch.autograd.grad(loss, self.leaves)
         return loss.detach(), q_values.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
-    def update(self, *index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of Adam on a batch; what `td_gradient` returns, the gradient as Adam received it."""
-        loss, q_values, gradient = self.td_gradient(*index)
-        if self.args.max_grad_norm:
-            gradient *= (self.args.max_grad_norm / gradient.norm()).clamp(max=1.0)
-        self.optimizer.step(gradient, self.learning_rate)
-        return loss, q_values, gradient
-
     def gradient_step(self) -> None:
-        """Draw a batch and learn from it."""
+        """Draw a batch and take a step of Adam on it; `gradient` is what Adam received."""
         index = self.replay.index(self.args.batch_size, self.replay_rng)
-        self.loss, self.q_values, self.gradient = self.update(*index)
+        self.loss, self.q_values, self.gradient = self.td_gradient(*index)
+        if self.args.max_grad_norm:
+            self.gradient *= (self.args.max_grad_norm / self.gradient.norm()).clamp(max=1.0)
+        self.optimizer.step(self.gradient, self.learning_rate)
 
     def compile(self) -> None:
-        """Make `td_gradient` one compiled function, and on a GPU `update` one CUDA graph.
+        """Make `td_gradient` one compiled function, on a GPU one CUDA graph.
 
         Where that fails, for want of a compiler say, the reason is printed and all stays as it is.
         """
         say("compiling     the gradient step, which can take a minute")
         import torch._dynamo
 
+        torch._dynamo.reset()  # what an earlier run in this process compiled
+        torch._dynamo.config.trace_autograd_ops = True  # the gradient belongs to the function
         slots = np.zeros(self.args.batch_size, np.int64)
         arrays = (self.replay.stack(slots), slots, np.float32(slots), self.replay.stack(slots), np.float32(slots))
         index = [torch.from_numpy(array).to(self.device) for array in arrays]
-        torch._dynamo.reset()  # what an earlier run in this process compiled
-        torch._dynamo.config.trace_autograd_ops = True  # the gradient belongs to the function
-        plain, rate = self.td_gradient, self.learning_rate.clone()
-        update = CudaGraph(self.update) if self.device.type == "cuda" else self.update
-        self.learning_rate.zero_()  # these first steps move nothing
+        torch._dynamo.mark_static_address(self.replay.frames)  # or a CUDA graph would copy all of them at each call
+        compiled = torch.compile(self.td_gradient, fullgraph=True, mode="reduce-overhead")  # a CUDA graph on a GPU
         try:
-            self.td_gradient = torch.compile(self.td_gradient, fullgraph=True)
-            for _ in range(5):
-                update(*index)
-            self.update = update
+            for _ in range(3):  # it is recorded in the second call and replayed from the third on
+                compiled(*index)
+            self.td_gradient = compiled
         except Exception as error:
-            self.td_gradient = plain
             say(f"--compile: goes on without, {' '.join(str(error).split()):.200}")
-        self.learning_rate.copy_(rate)
-        for tensor in (self.optimizer.steps, self.optimizer.mean, self.optimizer.square):
-            tensor.zero_()
 
     def learn(self, until: int) -> None:
         """Take the gradient steps and target updates that are due up to the environment step `until`.
@@ -880,7 +832,7 @@ class Rollout:
         self.reset_step, self.passes = self.global_step, 0
         self.returns[:], self.lengths[:], self.ended[:] = 0, 0, False
         observations, self.lives[:] = self.begin()
-        check_finite(self.global_step, FAULTY, observations=observations)
+        check_finite(self.global_step, observations=observations)
         self.replay.reset(observations)
 
     def step(self, actions: np.ndarray, meanwhile: Callable[[], None]) -> list[tuple[float, float]]:
@@ -900,7 +852,7 @@ class Rollout:
         else:
             meanwhile()
             observations, rewards, terminated, truncated, infos = self.envs.step(shifted)
-        check_finite(self.global_step, FAULTY, observations=observations, rewards=rewards)
+        check_finite(self.global_step, observations=observations, rewards=rewards)
         ended = terminated | truncated
         if self.episodic_life:
             terminated = terminated | (infos["lives"] < self.lives)
@@ -926,7 +878,8 @@ class Rollout:
             observations, rewards, *_ = self.envs.step(actions + self.first_action)
             slots = (self.replay.row - age) * len(actions) + np.arange(len(actions))
             same &= age > self.replay.filled or np.array_equal(self.replay.rewards[slots], rewards.astype(np.float32))
-        return same and torch.equal(self.replay.newest().cpu(), torch.from_numpy(observations).to(self.replay.dtype))
+        newest = self.replay.newest().cpu()
+        return same and torch.equal(newest, torch.from_numpy(observations).to(newest.dtype))
 
 
 class Evaluation(NamedTuple):
@@ -948,14 +901,14 @@ def evaluate(q_network: nn.Module, envs: gym.vector.VectorEnv, episodes: int, se
     device, rounds = next(q_network.parameters()).device, []
     for played in range(0, episodes, envs.num_envs):
         running = np.arange(envs.num_envs) < episodes - played
-        wanted, start_values = running.copy(), None
+        wanted = running.copy()
         returns, discounted, lengths = np.zeros((3, envs.num_envs))
         observations, _ = envs.reset(seed=seed + played)
         for step in range(max_steps):
             if interrupted:
                 return None
             values, actions = q_network(torch.as_tensor(observations).to(device)).max(1)
-            if start_values is None:
+            if step == 0:
                 start_values = values.cpu().numpy()
             actions = actions.cpu().numpy() + envs.single_action_space.start
             observations, rewards, terminated, truncated, _ = envs.step(actions)
@@ -994,10 +947,9 @@ def unpack(current: Any, saved: Any, device: torch.device) -> Any:
     if hasattr(current, "STATE"):
         for name in current.STATE:
             setattr(current, name, unpack(getattr(current, name), saved[name], device))
-    elif isinstance(current, np.ndarray):
-        current[: len(saved)] = saved.numpy()
-    elif isinstance(current, Tensor):
-        (current[: len(saved)] if saved.ndim else current).copy_(saved)
+    elif isinstance(current, np.ndarray | Tensor):
+        place = torch.as_tensor(current)  # the same memory
+        (place[: len(saved)] if saved.ndim else place).copy_(saved)
     elif isinstance(current, np.random.Generator):
         current.bit_generator.state = saved
     elif isinstance(current, nn.Module):
@@ -1009,7 +961,7 @@ def unpack(current: Any, saved: Any, device: torch.device) -> Any:
     return current
 
 
-def write_file(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+def write_file(path: Path, content: dict[str, Any], previous: str = "") -> None:
     """Save `content` so that a reader, even after a crash, finds the old file or the new one, whole.
 
     With `previous` the old file stays under that name. Raises OSError or RuntimeError where nothing could be written.
@@ -1022,15 +974,11 @@ def write_file(path: Path, content: dict[str, Any], previous: Path | None = None
             os.fsync(file.fileno())
         if previous:
             with contextlib.suppress(OSError, AttributeError):  # no old file, or a file system without hard links
-                spare = previous.with_suffix(".tmp")
-                spare.unlink(missing_ok=True)
-                os.link(path, spare)
-                spare.replace(previous)
+                path.with_name(previous).unlink(missing_ok=True)
+                os.link(path, path.with_name(previous))
         partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every system can flush a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -1083,7 +1031,8 @@ def existing_run(args: Args, verify: bool = True) -> tuple[Args, Path, dict[str,
                 advice = f"; the one before it, of step {step:,}, is whole: --{purpose} {older}"
         raise UsageError(f"{named}: {error}{advice}") from None
     saved = content["args"] | ({"capture_video": False} if args.evaluate is not None else {})
-    changed = {name: getattr(args, name) for name in args._given if getattr(args, name) != saved.get(name)}
+    given = args._given - {"resume"}
+    changed = {name: getattr(args, name) for name in given if getattr(args, name) != saved.get(name)}
     for name in changed.keys() - OVERRIDES[purpose]:
         raise UsageError(f"{flag(args, name)}: {named} has {saved.get(name)} and keeps it; leave it out")
     try:
@@ -1122,7 +1071,6 @@ def summarize(returns: Sequence[float]) -> str:
     return f"{mean:.1f} ± {spread:.1f}, min {low:.1f}, max {high:.1f}, over {len(returns)} greedy episodes"
 
 
-EPISODE_TAGS = ("charts/episodic_return", "charts/episodic_length")
 # TensorBoard's custom-scalars page: title -> tags drawn in one chart
 CHARTS = {
     "return": ["charts/episodic_return", "eval/episodic_return"],
@@ -1242,10 +1190,9 @@ class Report:
 
     def save(self, name: str, content: dict[str, Any], previous: str = "") -> None:
         """Write a file that `read_file` reads, with the settings."""
-        settings = dataclasses.asdict(self.args) | {"resume": None}
         with self.writing(name):
-            write_file(self.run_dir / name, {"format": FORMAT, "args": settings} | content,
-                       self.run_dir / previous if previous else None)
+            settings = dataclasses.asdict(self.args)
+            write_file(self.run_dir / name, {"format": FORMAT, "args": settings} | content, previous)
 
     def checkpoint(self, parts: dict[str, Any]) -> None:
         """Save all that the future of the run depends on; keep the checkpoint before it."""
@@ -1282,7 +1229,7 @@ class Report:
         self.lap(step)
         result = evaluate(network, envs, episodes, seed, self.args.gamma, self.args.eval_max_steps, interrupted)
         if result is not None:
-            check_finite(step, FAULTY, evaluation=result.returns)
+            check_finite(step, evaluation=result.returns)
             mean, length, q_bias = (float(values.mean()) for values in result)
             self.scalars(step, {"eval/episodic_return": mean, "eval/episodic_length": length, "eval/q_bias": q_bias})
             self.flush()
@@ -1318,7 +1265,7 @@ class Report:
 
 def describe(args: Args) -> str:
     """The settings in force, by section; a star marks those that TUNED brought."""
-    tuned, lines = tuned_settings(args.env_id, args.tuned), []
+    tuned, lines = tuned_settings(args), []
     for section in SECTIONS[:-1]:
         names = (field.name for field in dataclasses.fields(section))
         words = ", ".join(flag(args, n)[2:] + "*" * ((n, getattr(args, n)) in tuned.items()) for n in names)
@@ -1331,10 +1278,9 @@ def create_run_dir(args: Args) -> Path:
     """Make a folder under runs/, its own even if another run starts in this second; UsageError if that fails."""
     name = re.sub(r"[^\w.=+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     try:
-        Path("runs").mkdir(exist_ok=True)
         for suffix in itertools.chain([""], map("_{}".format, itertools.count(2))):
             with contextlib.suppress(FileExistsError):
-                (run_dir := Path("runs", name + suffix)).mkdir()
+                (run_dir := Path("runs", name + suffix)).mkdir(parents=True)
                 return run_dir
     except OSError as error:
         place = Path("runs").absolute()
@@ -1348,29 +1294,22 @@ def caught_signals() -> Iterator[list[int]]:
     A second one finds the handlers that were there before.
     """
     received: list[int] = []
+    with contextlib.ExitStack() as handlers:
 
-    def receive(signum: int, frame: Any) -> None:
-        received.append(signum)
-        restore()
+        def receive(signum: int, frame: Any) -> None:
+            received.append(signum)
+            handlers.close()
 
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    in_main = threading.current_thread() is threading.main_thread()  # only there does Python set handlers
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
-    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if threading.current_thread() is threading.main_thread():  # only there does Python set handlers
+                handlers.callback(signal.signal, number, signal.signal(number, receive))
         yield received
-    finally:
-        restore()
     if received:
         raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
 
 
-FAULTY = "the environment returned NaN or infinity"
-
-
-def check_finite(step: int, reason: str, **values: np.ndarray | float) -> None:
+def check_finite(step: int, reason: str = "the environment returned NaN or infinity",
+                 **values: np.ndarray | float) -> None:
     """Raise TrainingError if one of the values is NaN or infinite."""
     for name, value in values.items():
         whole = isinstance(value, np.ndarray) and value.dtype.kind != "f"  # numbers, which are finite
@@ -1433,7 +1372,7 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"--resume {path}: does not fit {args.env_id} as it is here: {error!r}") from None
         run_dir = path.parent if saved else create_run_dir(args)
-        report.open(run_dir, rollout.global_step, saved.get("args") != dataclasses.asdict(args) | {"resume": None})
+        report.open(run_dir, rollout.global_step, saved.get("args") != dataclasses.asdict(args))
         stack.callback(report.close)
         say(f"{describe(args)}\nrun folder    {run_dir}")
         if saved:
@@ -1467,9 +1406,10 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             decay_steps = args.exploration_fraction * args.total_timesteps
             epsilon = linear_schedule(args.start_e, args.end_e, decay_steps, global_step)
             learn = functools.partial(learner.learn, global_step)  # what the steps so far owe
-            for episode in rollout.step(learner.act(replay.newest(), epsilon), meanwhile=learn):
-                report.recent = [*report.recent[-19:], episode[0]]
-                report.scalars(rollout.global_step, dict(zip(EPISODE_TAGS, episode, strict=True)))
+            for total, length in rollout.step(learner.act(replay.newest(), epsilon), meanwhile=learn):
+                report.recent = [*report.recent[-19:], total]
+                values = {"charts/episodic_return": total, "charts/episodic_length": length}
+                report.scalars(rollout.global_step, values)
             report.bar.update(args.num_envs)
 
             global_step, at_end = rollout.global_step, rollout.global_step >= args.total_timesteps
@@ -1590,8 +1530,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
                 defaults, shown = existing_run(Args(**vars(existing)), verify=False)[0], "that run"
             else:
                 defaults = Args(env_id=chosen.env_id, tuned=chosen.tuned)
-                known = tuned_settings(chosen.env_id, chosen.tuned)
-                shown = f"the TUNED settings of {chosen.env_id}" if known else "plain DQN"
+                shown = f"the TUNED settings of {chosen.env_id}" if tuned_settings(defaults) else "plain DQN"
             parts = [s(**{f.name: getattr(defaults, f.name) for f in dataclasses.fields(s)}) for s in SECTIONS]
             parsed = tyro.cli(sections, args=argv, default=sections(*parts), config=(tyro.conf.OmitArgPrefixes,),
                               description=f"Train a deep Q-network. Defaults shown are those of {shown}.")

@@ -43,6 +43,9 @@ def test_each_episode_counts_once_and_what_follows_its_end_for_nothing(num_envs,
 
 def test_an_atari_episode_is_a_whole_game_with_its_own_score(no_noops):
     """Whatever is learned from: the same game without any vectorization, clipping and preprocessing."""
+    args = Args(env_id="ALE/SpaceInvaders-v5", sticky_actions=0.0, episodic_life=True)
+    assert args.clip_rewards
+    envs = make_envs(args, 2)  # registers the games
     game = gym.make("ALE/SpaceInvaders-v5", frameskip=4, repeat_action_probability=0.0)
     game.reset(seed=0)
     score, length, lives, over = 0.0, 0, set(), False
@@ -51,9 +54,7 @@ def test_an_atari_episode_is_a_whole_game_with_its_own_score(no_noops):
         score, length, over = score + reward, length + 1, terminated or truncated
         lives.add(info["lives"])
     assert lives == {3, 2, 1, 0}
-    args = Args(env_id="ALE/SpaceInvaders-v5", sticky_actions=0.0, episodic_life=True)
-    assert args.clip_rewards
-    result = evaluate(Constant(), make_envs(args, 2), 2, seed=0)
+    result = evaluate(Constant(), envs, 2, seed=0)
     assert result.returns.tolist() == [score] * 2
     assert result.lengths.tolist() == [length] * 2
 
