@@ -106,16 +106,16 @@ class Environment:
 class Learning:
     """Replay buffer, TD target and optimiser. Frequencies count environment steps."""
 
-    learning_rate: float = 2.5e-4  # step size of Adam
-    anneal_lr: bool = False  # let the learning rate fall linearly to zero over the run
-    buffer_size: int = 10_000  # transitions that the replay buffer holds
-    learning_starts: int = 10_000  # steps before the first gradient step
+    learning_rate: float = 1e-3  # step size of Adam
+    anneal_lr: bool = True  # let the learning rate fall linearly to zero over the run
+    buffer_size: int = 100_000  # transitions that the replay buffer holds
+    learning_starts: int = 2_000  # steps before the first gradient step
     batch_size: int = 128  # transitions in a gradient step
     train_frequency: int = 10  # steps between two train events
     gradient_steps: int = 1  # gradient steps in a train event
     gamma: float = 0.99  # discount factor
     n_step: int = 1  # rewards summed before the TD target bootstraps
-    double_q: bool = False  # the online network picks the action that the target network rates (Double DQN)
+    double_q: bool = True  # the online network picks the action that the target network rates (Double DQN)
     target_network_frequency: int = 500  # steps between two updates of the target network
     tau: float = 1.0  # share of the online network in such an update; 1 is a hard copy
     loss: Literal["mse", "huber"] = "mse"  # between Q(s, a) and the TD target
@@ -128,7 +128,7 @@ class Network:
 
     hidden_sizes: tuple[int, ...] = (120, 84)  # units of the hidden layers; with none Q is linear, or a table
     dueling: bool = False  # state value and advantages from separate outputs
-    layer_norm: bool = False  # LayerNorm before each activation
+    layer_norm: bool = True  # LayerNorm before each activation
 
 
 @dataclass(kw_only=True)
@@ -137,7 +137,7 @@ class Exploration:
 
     start_e: float = 1.0  # epsilon at the first step
     end_e: float = 0.05  # epsilon at the end of the decay
-    exploration_fraction: float = 0.5  # share of total-timesteps that the decay takes
+    exploration_fraction: float = 0.2  # share of total-timesteps that the decay takes
 
 
 @dataclass(kw_only=True)
@@ -193,29 +193,27 @@ SECTIONS = tuple(reversed(Args.__bases__))
 # By environment, or by the part of its id up to the slash.
 TUNED: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(
-        total_timesteps=80_000, num_envs=8, learning_rate=2e-3, anneal_lr=True, buffer_size=80_000,
-        learning_starts=1_000, gamma=0.995, n_step=10, layer_norm=True, exploration_fraction=0.3,
-        eval_frequency=2_500, eval_episodes=100, stop_return=500.0,
+        total_timesteps=80_000, num_envs=8, learning_rate=2e-3, buffer_size=80_000, learning_starts=1_000, gamma=0.995,
+        n_step=10, double_q=False, exploration_fraction=0.3, eval_frequency=2_500, eval_episodes=100,
+        stop_return=500.0,
     ),
     "Acrobot-v1": dict(
-        total_timesteps=100_000, num_envs=8, learning_rate=6e-4, anneal_lr=True, buffer_size=100_000,
-        learning_starts=1_000, train_frequency=2, n_step=3, target_network_frequency=250, hidden_sizes=(256, 256),
-        layer_norm=True, exploration_fraction=0.12, eval_frequency=20_000,
+        total_timesteps=100_000, num_envs=8, learning_rate=6e-4, learning_starts=1_000, train_frequency=2, n_step=3,
+        double_q=False, target_network_frequency=250, hidden_sizes=(256, 256), exploration_fraction=0.12,
+        eval_frequency=20_000,
     ),
     "MountainCar-v0": dict(
-        total_timesteps=120_000, num_envs=8, learning_rate=1e-3, anneal_lr=True, buffer_size=120_000,
-        learning_starts=1_000, train_frequency=4, n_step=5, target_network_frequency=200, layer_norm=True,
-        exploration_fraction=0.1, end_e=0.02, eval_frequency=20_000,
+        total_timesteps=120_000, num_envs=8, buffer_size=120_000, learning_starts=1_000, train_frequency=4, n_step=5,
+        double_q=False, target_network_frequency=200, exploration_fraction=0.1, end_e=0.02, eval_frequency=20_000,
     ),
     "LunarLander-v3": dict(
-        total_timesteps=200_000, num_envs=8, learning_rate=5e-4, anneal_lr=True, buffer_size=200_000,
-        learning_starts=2_000, train_frequency=2, n_step=3, double_q=True, hidden_sizes=(256, 256), layer_norm=True,
-        exploration_fraction=0.3, eval_frequency=20_000,
+        total_timesteps=200_000, num_envs=8, learning_rate=5e-4, buffer_size=200_000, train_frequency=2, n_step=3,
+        hidden_sizes=(256, 256), exploration_fraction=0.3, eval_frequency=20_000,
     ),
     "ALE/": dict(
         total_timesteps=10_000_000, num_envs=16, frame_stack=4, clip_rewards=True, hidden_sizes=(512,),
-        learning_rate=1e-4, buffer_size=1_000_000, learning_starts=50_000, batch_size=128, train_frequency=16,
-        target_network_frequency=8_000, n_step=3, double_q=True, loss="huber", max_grad_norm=10.0,
+        layer_norm=False, learning_rate=1e-4, anneal_lr=False, buffer_size=1_000_000, learning_starts=50_000,
+        train_frequency=16, target_network_frequency=8_000, n_step=3, loss="huber", max_grad_norm=10.0,
         exploration_fraction=0.1, end_e=0.01, eval_frequency=250_000, eval_episodes=16, eval_max_steps=27_000,
         checkpoint_frequency=500_000,
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 plt.switch_backend("agg")
-plt.rcParams["svg.hashsalt"] = "dqn"  # the same data give the same file
+plt.rcParams |= {"svg.hashsalt": "dqn", "axes.titlesize": 10}  # with the salt the same data give the same file
 
 
 @contextlib.contextmanager
