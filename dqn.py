@@ -2,7 +2,7 @@
 
     python dqn.py --env-id CartPole-v1                      # train, evaluate, leave a run under runs/
     python dqn.py --env-id LunarLander-v3 --capture-video   # the same with an mp4 of greedy episodes
-    python dqn.py --env-id CartPole-v1 --no-tuned           # plain DQN: one step, hard target, MSE
+    python dqn.py --env-id CartPole-v1 --no-tuned           # with what an unknown environment gets
     python dqn.py --env-id ALE/Pong-v5                      # from pixels
     python dqn.py --resume runs/NAME                        # go on with a run that was stopped, to the bit
     python dqn.py --evaluate runs/NAME                      # let its best network play
@@ -1528,7 +1528,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
                 defaults, shown = existing_run(Args(**vars(existing)), verify=False)[0], "that run"
             else:
                 defaults = Args(env_id=chosen.env_id, tuned=chosen.tuned)
-                shown = f"the TUNED settings of {chosen.env_id}" if tuned_settings(defaults) else "plain DQN"
+                shown = f"the TUNED settings of {chosen.env_id}" if tuned_settings(defaults) else "any environment"
             parts = [s(**{f.name: getattr(defaults, f.name) for f in dataclasses.fields(s)}) for s in SECTIONS]
             parsed = tyro.cli(sections, args=argv, default=sections(*parts), config=(tyro.conf.OmitArgPrefixes,),
                               description=f"Train a deep Q-network. Defaults shown are those of {shown}.")

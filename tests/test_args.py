@@ -12,27 +12,18 @@ CLEANRL = """--exp-name mine --seed 3 --torch-deterministic --no-cuda --no-track
     --learning-rate 2.5e-4 --num-envs 1 --buffer-size 10000 --gamma 0.99 --tau 1.0 --target-network-frequency 500
     --batch-size 128 --start-e 1 --end-e 0.05 --exploration-fraction 0.5 --learning-starts 10000
     --train-frequency 10""".split()
-
-
-def test_the_plain_defaults_are_vanilla_dqn():
-    args = Args(tuned=False)
-    assert (args.n_step, args.tau, args.loss, args.max_grad_norm) == (1, 1.0, "mse", 0.0)
-    assert not any((args.double_q, args.dueling, args.layer_norm, args.anneal_lr))
+VANILLA = ["--no-double-q", "--no-layer-norm", "--no-anneal-lr"]
 
 
 def test_a_cleanrl_command_line_means_the_same_here():
-    args = parse_args(["--no-tuned", *CLEANRL])
+    args = parse_args(["--no-tuned", *VANILLA, *CLEANRL])
     expected = dict(exp_name="mine", seed=3, torch_deterministic=True, cuda=False, track=False, wandb_project_name="p",
                     wandb_entity="e", capture_video=False, save_model=True, env_id="CartPole-v1",
                     total_timesteps=500_000, learning_rate=2.5e-4, num_envs=1, buffer_size=10_000, gamma=0.99, tau=1.0,
                     target_network_frequency=500, batch_size=128, start_e=1.0, end_e=0.05, exploration_fraction=0.5,
-                    learning_starts=10_000, train_frequency=10)
+                    learning_starts=10_000, train_frequency=10, n_step=1, double_q=False, dueling=False,
+                    layer_norm=False, anneal_lr=False, loss="mse", max_grad_norm=0.0, hidden_sizes=(120, 84))
     assert {name: getattr(args, name) for name in expected} == expected
-
-
-def test_cleanrls_defaults_are_the_plain_defaults():
-    given = dict(exp_name="mine", seed=3, cuda=False, wandb_project_name="p", wandb_entity="e")
-    assert parse_args(["--no-tuned", *CLEANRL]) == Args(tuned=False, **given)
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3"])

@@ -67,7 +67,8 @@ def cleanrl(args: dqn.Args, envs: gym.vector.VectorEnv, transitions: dqn.Batch) 
 def main(options: Options) -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    args = dqn.Args(tuned=False)  # CleanRL's settings
+    # CleanRL's settings
+    args = dqn.Args(tuned=False, learning_rate=2.5e-4, buffer_size=10_000, double_q=False, layer_norm=False)
     envs = dqn.make_envs(args, 1)
     eager, compiled = (dqn.Learner(args, envs, torch.device("cpu")) for _ in range(2))
     compiled.replay = eager.replay

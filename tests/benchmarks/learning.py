@@ -5,8 +5,8 @@
     python tests/benchmarks/learning.py --experiments tuned --env-ids CartPole-v1 --seeds 11 12 13
     python tests/benchmarks/learning.py --quick                                # everything, tiny, nothing is kept
 
-`tuned` runs `python dqn.py --env-id ENV`, `plain` adds `--no-tuned`, `ablation` changes one part of a tuned setting at
-a time. Runs that results/learning.csv holds are not repeated, so the script can be stopped and started again.
+`tuned` runs `python dqn.py --env-id ENV`, `plain` adds `--no-tuned`, `ablation` adds one part at a time to plain
+Q-learning. Runs that results/learning.csv holds are not repeated, so the script can be stopped and started again.
 """
 
 import tempfile
@@ -19,11 +19,11 @@ import figures
 import numpy as np
 import sweep
 import tyro
-from sweep import BEST, FINAL, RESULTS, SECONDS, SPREAD, STEPS, Row, Run, dqn
+from sweep import BEST, FINAL, RESULTS, SECONDS, SPREAD, Row, Run
+from target_network import HARD, PLAIN, SETTINGS, STEPS
 
 CONTROL = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3")
 TOYS = ("FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1")
-ABLATED = ("CartPole-v1", "LunarLander-v3")
 CURVE = "eval/episodic_return"
 # Enough to go through everything, not to learn.
 QUICK = dict(total_timesteps=1_500, learning_starts=500, eval_frequency=750, eval_episodes=2, eval_max_steps=50,
@@ -31,14 +31,15 @@ QUICK = dict(total_timesteps=1_500, learning_starts=500, eval_frequency=750, eva
 Experiment = Literal["tuned", "plain", "ablation"]
 
 
-def ablations(env_id: str) -> dict[str, dict]:
-    """What each variant of an environment's tuned setting changes."""
-    base = dqn.Args(env_id=env_id)
-    switched = {"Double DQN": "double_q", "dueling": "dueling", "LayerNorm": "layer_norm"}
-    return {"one step": {"n_step": 1}} | {
-        f"{'without' if getattr(base, name) else 'with'} {word}": {name: not getattr(base, name)}
-        for word, name in switched.items()
-    } | {"soft sync": {"target_network_frequency": base.train_frequency, "tau": 0.005}}
+# One part at a time, added to the plain Q-learning of target_network.py with its hard sync every 500 steps.
+ABLATIONS = {
+    "nothing added": {},
+    "three steps": {"n_step": 3},
+    "Double DQN": {"double_q": True},
+    "dueling": {"dueling": True},
+    "LayerNorm": {"layer_norm": True},
+    "soft sync": SETTINGS["soft, 0.05"],
+}
 
 
 @dataclass
@@ -56,8 +57,8 @@ def runs(options: Options) -> list[Run]:
     settings = {
         "tuned": [(env_id, "tuned", {}) for env_id in CONTROL],
         "plain": [(env_id, "plain", {"tuned": False}) for env_id in CONTROL + TOYS],
-        "ablation": [(env_id, name, changes) for env_id in ABLATED
-                     for name, changes in ({"tuned": {}} | ablations(env_id)).items()],
+        "ablation": [(env_id, name, PLAIN | HARD | dict(total_timesteps=STEPS[env_id]) | changes)
+                     for env_id in STEPS for name, changes in ABLATIONS.items()],
     }
     return [Run(env_id, name, seed, changes | (QUICK if options.quick else {}))
             for experiment in options.experiments for env_id, name, changes in settings[experiment]
@@ -90,16 +91,19 @@ def draw(path: Path, rows: list[Row], shown: dict[str, list[str]], columns: int)
 
 def tables(rows: list[Row], shown: Iterable[tuple[str, str]]) -> str:
     """Markdown: a line for each environment and setting, then every seed's final return."""
-    summary = ["| environment | setting | final return: IQM (95% interval) | lowest | best network | steps | time |",
-               "|-|-|-|-|-|-|-|"]
-    every = ["| environment | setting | final greedy return ± spread over 100 episodes, seed by seed |", "|-|-|-|"]
+    summary = ["| environment | setting | final: IQM (95% interval) | mean | lowest | best network | steps | time |",
+               "|-|-|-|-|-|-|-|-|"]
+    every = ["| environment | setting | final greedy return ± spread over 100 episodes (best network), by seed |",
+             "|-|-|-|"]
     for env_id, setting in shown:
         final, spread, best, steps, seconds = (sweep.last(rows, env_id, setting, tag)
-                                               for tag in (FINAL, SPREAD, BEST, STEPS, SECONDS))
+                                               for tag in (FINAL, SPREAD, BEST, sweep.STEPS, SECONDS))
         low, high = sweep.interval(final)
         summary.append(f"| {env_id} | {setting} | {sweep.iqm(final):.1f} ({low:.1f} to {high:.1f}) | "
-                       f"{final.min():.1f} | {best.mean():.1f} | {steps.mean():,.0f} | {seconds.mean():.0f} s |")
-        each = ", ".join(f"{mean:.1f} ± {wide:.1f}" for mean, wide in zip(final, spread, strict=True))
+                       f"{final.mean():.1f} | {final.min():.1f} | {best.mean():.1f} | {steps.mean():,.0f} | "
+                       f"{seconds.mean():.0f} s |")
+        each = ", ".join(f"{mean:.1f} ± {wide:.1f} ({top:.1f})"
+                         for mean, wide, top in zip(final, spread, best, strict=True))
         every.append(f"| {env_id} | {setting} | {each} |")
     return "\n".join([*summary, "", *every])
 
@@ -107,16 +111,15 @@ def tables(rows: list[Row], shown: Iterable[tuple[str, str]]) -> str:
 def report(rows: list[Row], folder: Path) -> None:
     """Print the tables and draw the figures for what there is."""
     done = {row[:2] for row in rows}
-    names = {env_id: ("tuned", "plain", *(ablations(env_id) if env_id in ABLATED else ())) for env_id in CONTROL + TOYS}
-    there = [(env_id, name) for env_id in names for name in names[env_id] if (env_id, name) in done]
+    there = [(env_id, name) for name in ("tuned", "plain") for env_id in CONTROL + TOYS if (env_id, name) in done]
+    there += [(env_id, name) for env_id in STEPS for name in ABLATIONS if (env_id, name) in done]
     print(tables(rows, there))
     for setting, columns in (("tuned", 2), ("plain", 4)):
         if shown := {env_id: [setting] for env_id in CONTROL + TOYS if (env_id, setting) in there}:
             draw(folder / f"{setting}.svg", rows, shown, columns)
-    variants = {env_id: [name for name in names[env_id] if (env_id, name) in there and name != "plain"]
-                for env_id in ABLATED}
-    if any(len(names) > 1 for names in variants.values()):
-        draw(folder / "ablation.svg", rows, {env_id: names for env_id, names in variants.items() if names}, 2)
+    variants = {env_id: [name for name in ABLATIONS if (env_id, name) in there] for env_id in STEPS}
+    if shown := {env_id: names for env_id, names in variants.items() if names}:
+        draw(folder / "ablation.svg", rows, shown, 2)
 
 
 def main(options: Options) -> None:

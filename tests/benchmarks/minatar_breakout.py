@@ -31,7 +31,7 @@ ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 SHARED = ("--env-id minatar_envs:MinAtar/Breakout-v1 --no-cuda --learning-rate 2.5e-4 --buffer-size 100000 "
           "--learning-starts 5000 --batch-size 32 --train-frequency 4 --target-network-frequency 1000 --end-e 0.01 "
           "--exploration-fraction 0.2 --max-grad-norm 10").split()
-OURS = "--no-tuned --hidden-sizes 128 --loss huber --compile --n-step 3 --double-q".split()
+OURS = "--no-tuned --no-anneal-lr --no-layer-norm --hidden-sizes 128 --loss huber --compile --n-step 3".split()
 EPISODES, FINAL_EPISODES, MAX_STEPS = 20, 100, 5_000
 COLUMNS = ("system", "seed", "step", "greedy_return")
 

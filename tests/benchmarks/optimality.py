@@ -63,6 +63,14 @@ class Dynamics:
             if gamma * np.abs(q - previous).max() <= precision * (1 - gamma):
                 return q
 
+    def errors(self, gamma: float, sweeps: int) -> list[float]:
+        """Largest errors of value iteration from 0, in units of the largest |Q*|: at first, and after each sweep."""
+        q, optimal, found = np.zeros(self.probability.shape[:2]), self.optimal(gamma), []
+        for _ in range(sweeps + 1):
+            found.append(np.abs(q - optimal)[self.states].max() / np.abs(optimal[self.states]).max())
+            q = self.backup(q.max(1), gamma)
+        return found
+
     def value(self, policy: np.ndarray, gamma: float) -> np.ndarray:
         """Exact values (S,) of a policy (S,), an action for each state: the solution of Bellman's equation."""
         everyone = np.arange(len(policy))
@@ -123,8 +131,11 @@ SYNCS = {
     "10,000": dict(target_network_frequency=10_000),
     "soft, 0.01": dict(tau=0.01),  # after each gradient step
 }
-NETWORKS = {"table": dict(hidden_sizes=()), "network": dict(hidden_sizes=(120, 84), layer_norm=True)}
-COMMON = dict(tuned=False, num_envs=64, vectorization="native", start_e=1.0, end_e=1.0, learning_starts=5_000,
+NETWORKS = {
+    "table": dict(hidden_sizes=(), layer_norm=False),
+    "network": dict(hidden_sizes=(120, 84), layer_norm=True),
+}
+COMMON = dict(tuned=False, num_envs=64, vectorization="native", start_e=1.0, end_e=1.0, exploration_fraction=0.5, learning_starts=5_000,
               batch_size=512, anneal_lr=True, gamma=0.99, n_step=1, double_q=False, dueling=False, loss="mse",
               max_grad_norm=0.0, eval_frequency=0, tau=1.0)
 # A slippery lake needs many samples: what the buffer holds is a sample of the dynamics, and Q can be no better.
@@ -136,7 +147,12 @@ ENVIRONMENTS = {
 # How fast a table's entries can move goes with how large Q* is.
 LEARNING_RATES = {"FrozenLake-v1": 0.005, "CliffWalking-v1": 0.5, "Taxi-v4": 0.1}
 NETWORK_RATE = 1e-3
-STAIRS = 300_000  # steps of the runs behind the first figure
+# Runs behind the first figure: enough gradient steps between two syncs for the table to reach its target.
+STAIRS = dict(total_timesteps=300_000, log_frequency=1_000, num_envs=64, train_frequency=16, buffer_size=300_000,
+              anneal_lr=False)
+STAIR_SYNCS = ("1", "1,000", "10,000")
+STAIR_RATES = {"FrozenLake-v1": 0.02, "CliffWalking-v1": 0.1, "Taxi-v4": 0.05}
+STAIR_LIMITS = {"FrozenLake-v1": 1.0, "CliffWalking-v1": 0.15, "Taxi-v4": 1.4}
 
 
 @dataclass
@@ -159,9 +175,9 @@ def settings(env_id: str, network: str, sync: str) -> dict[str, object]:
 
 def runs(options: Options) -> list[Run]:
     """All runs, seed by seed; first those for the figure of the staircase."""
-    often = dict(total_timesteps=STAIRS, log_frequency=1_000)
-    stairs = [Run(PREFIX + env_id, f"stairs, {sync}", options.seeds[0], settings(env_id, "table", sync) | often)
-              for env_id in options.env_ids for sync in SYNCS if options.stairs]
+    stairs = [Run(PREFIX + env_id, f"stairs, {sync}", options.seeds[0],
+                  settings(env_id, "table", sync) | STAIRS | dict(learning_rate=STAIR_RATES[env_id]))
+              for env_id in options.env_ids for sync in STAIR_SYNCS if options.stairs]
     return stairs + [Run(PREFIX + env_id, f"{network}, {sync}", seed, settings(env_id, network, sync))
                      for seed in options.seeds for env_id in options.env_ids for network in NETWORKS for sync in SYNCS]
 
@@ -200,12 +216,16 @@ def report(rows: list[Row], options: Options) -> None:
         error, lost = (final(env_id, network, sync, tag) for tag in ("q/error", "policy/loss"))
         print(f"| {env_id} | {network} | {sync} | {np.median(error):.2%} ({error.max():.2%}) | "
               f"{(lost < 1e-6).sum()} of {len(lost)} |")
-    with figures.panels(RESULTS / "staircase.svg", options.env_ids, 3, yscale="log", xlabel="environment steps",
+    with figures.panels(RESULTS / "staircase.svg", options.env_ids, 3, xlabel="environment steps",
                         ylabel="largest error of Q / largest |Q*|") as places:
         for axes, env_id in zip(places, options.env_ids, strict=True):
-            for sync in SYNCS:
+            for sync in STAIR_SYNCS:
                 for values in sweep.table(rows, PREFIX + env_id, f"stairs, {sync}", "q/error").values():
-                    axes.plot(list(values), list(values.values()), label=sync, linewidth=1)
+                    axes.plot(list(values), list(values.values()), label=f"sync every {sync}", linewidth=1)
+            sweeps = published(env_id).errors(COMMON["gamma"], STAIRS["total_timesteps"] // 10_000 + 1)
+            axes.step(np.arange(len(sweeps) - 1) * 10_000, sweeps[1:], "k:", where="post", linewidth=1,
+                      label="value iteration, a sweep every 10,000")
+            axes.set_ylim(0, STAIR_LIMITS[env_id])
             axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
     with figures.panels(RESULTS / "optimality.svg", options.env_ids, 3, yscale="log", xlabel="target updated every",
                         ylabel="final error / largest |Q*|") as places:

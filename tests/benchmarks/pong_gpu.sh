@@ -37,8 +37,8 @@ sb3() {
     echo "== one gradient step of 32 transitions in 4 steps, 8 environments: steps/s of Stable-Baselines3"
     python "$here/sb3_dqn.py" --num-envs 8 --processes "${same[@]}"
     echo "== and of dqn.py"
-    python "$dqn" --no-tuned --num-envs 8 --frame-stack 4 --clip-rewards --hidden-sizes 512 --eval-frequency 0 \
-        --eval-max-steps 1 "${same[@]}"
+    python "$dqn" --no-tuned --num-envs 8 --frame-stack 4 --clip-rewards --hidden-sizes 512 --no-double-q \
+        --no-layer-norm --no-anneal-lr --eval-frequency 0 --eval-max-steps 1 "${same[@]}"
     same=(--env-id ALE/Pong-v5 --learning-rate 1e-4 --buffer-size 100000 --batch-size 128 --train-frequency 16
         --target-network-frequency 8000 --n-step 3 --max-grad-norm 10 --learning-starts "$starts"
         --total-timesteps "$short" "${small[@]}")

@@ -35,10 +35,11 @@ GRADIENT, MEMORY, PARTS, SB3 = (str(HERE / f"{name}.py") for name in ("gradient"
 CSV, SVG = HERE / "results" / "speed.csv", HERE / "results" / "speed.svg"
 
 # Flags that both systems get, and those that make dqn.py the same otherwise.
-CARTPOLE = "--env-id CartPole-v1 --no-cuda".split()  # CleanRL's setting
+CARTPOLE = ("--env-id CartPole-v1 --no-cuda --learning-rate 2.5e-4 --buffer-size 10000 --learning-starts 10000 "
+            "--exploration-fraction 0.5").split()  # CleanRL's setting
 PONG = ("--env-id ALE/Pong-v5 --no-cuda --learning-rate 1e-4 --buffer-size 20000 --learning-starts 1000 "
         "--batch-size 32 --train-frequency 4 --target-network-frequency 1000").split()
-PLAIN = "--no-tuned --eval-frequency 0 --eval-max-steps 1".split()
+PLAIN = "--no-tuned --no-anneal-lr --no-double-q --no-layer-norm --eval-frequency 0 --eval-max-steps 1".split()
 NATURE = [*PLAIN, *"--frame-stack 4 --clip-rewards --hidden-sizes 512".split()]
 EAGER, COMPILED, PROCESSES = "--no-compile", "--compile", "--processes"
 
@@ -226,8 +227,9 @@ def whole(options: Options) -> None:
                  max(1, options.repeats // 2))
     print("\n| part of dqn.py | cost |\n|-|-|")
     print(f"| --help | {median(run(DQN, '--help')[1] for _ in range(options.repeats)):.2f} s |")
-    for label, given in (("the default run", {}), ("CleanRL's setting", {"tuned": False, "eval_frequency": 0,
-                                                                         "total_timesteps": options.steps})):
+    for label, given in (("the default run", {}), ("CleanRL's setting", {
+            "tuned": False, "anneal_lr": False, "double_q": False, "layer_norm": False, "learning_starts": 10_000,
+            "eval_frequency": 0, "total_timesteps": options.steps})):
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); SETTINGS = {given}" + LOGGING
         shares = [float(run("-c", code)[0].split("logging")[-1]) for _ in range(options.repeats)]
         print(f"| logging, of {label} | {median(shares):.1%} |", flush=True)

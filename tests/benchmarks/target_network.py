@@ -5,8 +5,8 @@
     python tests/benchmarks/target_network.py --seeds 11     # of one seed
 
 Prints a table and draws results/target_network.svg: how far the TD targets of a fixed batch move in each gradient step,
-how large |Q| becomes, and what it is good for. "Solved, then lost" counts seeds. Within a group, settings differ in the target network alone (and
-in LayerNorm, where the name says so).
+how large |Q| becomes, and what it is good for. "Solved, then lost" counts seeds. Within a group, settings differ in
+the target network alone (and in LayerNorm, where the name says so).
 """
 
 from collections.abc import Callable
