@@ -77,7 +77,7 @@ def test_a_value_out_of_range_is_refused_by_name(name, values):
 
 @pytest.mark.parametrize("settings", [dict(start_e=0.1, end_e=0.2), dict(buffer_size=100, batch_size=101),
                                       dict(buffer_size=200, num_envs=201), dict(buffer_size=200, n_step=201),
-                                      dict(total_timesteps=10_000)])
+                                      dict(total_timesteps=2_000)])
 def test_settings_that_contradict_each_other_are_refused(settings):
     with pytest.raises(UsageError, match=r"--.*--"):
         validate(Args(tuned=False, **settings))

@@ -136,18 +136,19 @@ NETWORKS = {
     "network": dict(hidden_sizes=(120, 84), layer_norm=True),
 }
 COMMON = dict(tuned=False, num_envs=64, vectorization="native", start_e=1.0, end_e=1.0, exploration_fraction=0.5,
-              learning_starts=5_000, batch_size=256, anneal_lr=True, gamma=0.99, n_step=1, double_q=False,
+              learning_starts=5_000, batch_size=512, anneal_lr=True, gamma=0.99, n_step=1, double_q=False,
               dueling=False, loss="mse", max_grad_norm=0.0, eval_frequency=0, tau=1.0)
 # A slippery lake needs many samples: what the buffer holds is a sample of the dynamics, and Q can be no better.
 ENVIRONMENTS = {
-    "FrozenLake-v1": dict(total_timesteps=6_000_000, num_envs=256, train_frequency=256, batch_size=512,
-                          buffer_size=6_000_000),
-    "CliffWalking-v1": dict(total_timesteps=1_000_000, train_frequency=32, buffer_size=100_000),
+    "FrozenLake-v1": dict(total_timesteps=6_000_000, num_envs=256, train_frequency=256, buffer_size=6_000_000),
+    "CliffWalking-v1": dict(total_timesteps=1_000_000, train_frequency=32, batch_size=256, buffer_size=100_000),
     "Taxi-v4": dict(total_timesteps=600_000, train_frequency=16, buffer_size=100_000),
 }
 # How fast a table's entries can move goes with how large Q* is.
-LEARNING_RATES = {"FrozenLake-v1": 0.005, "CliffWalking-v1": 0.5, "Taxi-v4": 0.03}
-NETWORK_RATE = 1e-3
+LEARNING_RATES = {
+    "table": {"FrozenLake-v1": 0.005, "CliffWalking-v1": 0.5, "Taxi-v4": 0.03},
+    "network": {"FrozenLake-v1": 1e-3, "CliffWalking-v1": 1e-3, "Taxi-v4": 3e-4},
+}
 # Runs behind the first figure: enough gradient steps between two syncs for the table to reach its target.
 STAIRS = dict(total_timesteps=300_000, log_frequency=1_000, num_envs=64, train_frequency=16, buffer_size=300_000,
               anneal_lr=False)
@@ -171,7 +172,7 @@ def settings(env_id: str, network: str, sync: str) -> dict[str, object]:
     if sync.startswith("soft"):
         changes["target_network_frequency"] = changes["train_frequency"]
     return changes | dict(log_frequency=changes["total_timesteps"] // 10,
-                          learning_rate=LEARNING_RATES[env_id] if network == "table" else NETWORK_RATE)
+                          learning_rate=LEARNING_RATES[network][env_id])
 
 
 def runs(options: Options) -> list[Run]:
