@@ -3,16 +3,22 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+
+import dqn
 
 BENCHMARKS = Path(__file__).with_name("benchmarks")
 sys.path.insert(0, str(BENCHMARKS))
 
+import learning  # noqa: E402
 import optimality  # noqa: E402
 import sweep  # noqa: E402
+import target_network  # noqa: E402
 
 # In state 0: stay (0), or try to go on (1), which succeeds half of the time and then brings 1. In state 1: stay (0)
 # for 2, or end the episode (1) for 3.
@@ -104,6 +110,33 @@ def test_exploring_starts_slip_as_often_as_is_published():
     assert rewards.mean() == pytest.approx(1 / 3, abs=0.02)
     assert (terminated == (rewards == 1)).all()
     assert np.bincount(envs.state, minlength=16)[[10, 14, 15]] / 30_000 == pytest.approx([1 / 3] * 3, abs=0.02)
+
+
+def test_a_curve_keeps_the_last_value_of_a_run_that_ended():
+    values = {1: {10: 1.0, 20: 2.0}, 2: {10: 3.0, 20: 4.0, 30: 5.0}}
+    rows = [sweep.Row("E", "s", "k", seed, step, learning.CURVE, value)
+            for seed, each in values.items() for step, value in each.items()]
+    steps, returns = learning.curve(rows, "E", "s")
+    assert steps.tolist() == [10, 20, 30]
+    assert returns.tolist() == [[1, 2, 2], [3, 4, 5]]
+
+
+def test_targets_that_swing_to_and_fro_count_as_moving(monkeypatch):
+    monkeypatch.setattr(dqn, "sync_target", dqn.sync_target)  # the watcher replaces it; put it back afterwards
+    parameters, target = torch.tensor([0.0]), torch.tensor([0.0])
+    batch = dqn.Batch(torch.zeros(2, 1), torch.zeros(2), torch.ones(2), torch.zeros(2, 1), torch.tensor([0.5, 0.0]))
+    learner = SimpleNamespace(loss=1.0, parameters=parameters, target_parameters=target,
+                              q_network=lambda x: x + parameters, target_network=lambda x: x + target,
+                              replay=SimpleNamespace(sample=lambda size, rng: batch))
+    changes = target_network.PLAIN | target_network.NONE
+    watch = target_network.watcher(sweep.Run("CartPole-v1", "x", 1, changes))
+    assert watch(0, learner) == {}
+    for value in (1.0, 4.0, 2.0):  # the target follows: 1 + 3 + 2, half of that for the first, nothing for the second
+        parameters.fill_(value)
+        dqn.sync_target(target, parameters, 1.0)
+    steps = 3 * changes["train_frequency"]
+    assert watch(steps, learner) == {"target/path": 6 / 4 / 3, "q/largest": 2.0, "target/lag": 0.0}
+    assert watch(2 * steps, learner)["target/path"] == 0.0
 
 
 def test_exploring_starts_are_truncated_after_their_limit():

@@ -271,11 +271,12 @@ ALLOWED = dict(total_timesteps=1500, checkpoint_frequency=100, eval_frequency=40
                log_frequency=50, save_model=False, stop_return=1e9, checkpoint_replay=False, cuda=False,
                compile=True)
 REFUSED = dict(env_id="Acrobot-v1", tuned=True, num_envs=2, vectorization="async", seed=2, learning_rate=1.0,
-               anneal_lr=False, buffer_size=700, learning_starts=300, batch_size=16, train_frequency=5, gradient_steps=2,
-               gamma=0.9, n_step=2, double_q=False, target_network_frequency=9, tau=0.5, loss="huber", max_grad_norm=1.0,
-               hidden_sizes=(8,), dueling=True, layer_norm=False, start_e=0.9, end_e=0.1, exploration_fraction=0.1,
-               exp_name="x", torch_deterministic=False, which="last", render=True, frame_stack=2, clip_rewards=True,
-               sticky_actions=0.5, episodic_life=True, full_action_space=True, amp=True)
+               anneal_lr=False, buffer_size=700, learning_starts=300, batch_size=16, train_frequency=5,
+               gradient_steps=2, gamma=0.9, n_step=2, double_q=False, target_network_frequency=9, tau=0.5, loss="huber",
+               max_grad_norm=1.0, hidden_sizes=(8,), dueling=True, layer_norm=False, start_e=0.9, end_e=0.1,
+               exploration_fraction=0.1, exp_name="x", torch_deterministic=False, which="last", render=True,
+               frame_stack=2, clip_rewards=True, sticky_actions=0.5, episodic_life=True, full_action_space=True,
+               amp=True)
 
 
 @pytest.mark.parametrize("name", ALLOWED)
