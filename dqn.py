@@ -194,7 +194,7 @@ SECTIONS = tuple(reversed(Args.__bases__))
 TUNED: dict[str, dict[str, Any]] = {
     "CartPole-v1": dict(
         total_timesteps=80_000, num_envs=8, learning_rate=2e-3, buffer_size=80_000, learning_starts=1_000, gamma=0.995,
-        n_step=10, double_q=False, exploration_fraction=0.3, eval_frequency=2_500, eval_episodes=300,
+        n_step=10, double_q=False, exploration_fraction=0.3, eval_frequency=5_000, eval_episodes=1_000,
         stop_return=500.0,
     ),
     "Acrobot-v1": dict(

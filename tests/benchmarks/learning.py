@@ -89,6 +89,11 @@ def draw(path: Path, rows: list[Row], shown: dict[str, list[str]], columns: int)
             axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
 
 
+def number(value: float) -> str:
+    """With three digits or more."""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
 def tables(rows: list[Row], shown: Iterable[tuple[str, str]]) -> str:
     """Markdown: a line for each environment and setting, then every seed's final return."""
     summary = ["| environment | setting | final: IQM (95% interval) | mean | lowest | best network | steps | time |",
@@ -99,10 +104,10 @@ def tables(rows: list[Row], shown: Iterable[tuple[str, str]]) -> str:
         final, spread, best, steps, seconds = (sweep.last(rows, env_id, setting, tag)
                                                for tag in (FINAL, SPREAD, BEST, sweep.STEPS, SECONDS))
         low, high = sweep.interval(final)
-        summary.append(f"| {env_id} | {setting} | {sweep.iqm(final):.1f} ({low:.1f} to {high:.1f}) | "
-                       f"{final.mean():.1f} | {final.min():.1f} | {best.mean():.1f} | {steps.mean():,.0f} | "
-                       f"{seconds.mean():.0f} s |")
-        each = ", ".join(f"{mean:.1f} ± {wide:.1f} ({top:.1f})"
+        summary.append(f"| {env_id} | {setting} | {number(sweep.iqm(final))} ({number(low)} to {number(high)}) | "
+                       f"{number(final.mean())} | {number(final.min())} | {number(best.mean())} | "
+                       f"{steps.mean():,.0f} | {seconds.mean():.0f} s |")
+        each = ", ".join(f"{number(mean)} ± {wide:.1f} ({number(top)})"
                          for mean, wide, top in zip(final, spread, best, strict=True))
         every.append(f"| {env_id} | {setting} | {each} |")
     return "\n".join([*summary, "", *every])
