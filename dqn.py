@@ -1165,8 +1165,9 @@ class Report:
         try:
             yield
             self.missing.pop(name, None)
-        except (OSError, RuntimeError) as error:  # torch.save wraps the system's error
-            reason = str(getattr(error.__context__ or error, "strerror", None) or error)
+        except (OSError, RuntimeError) as error:  # torch.save wraps the system's error, or closing the file follows it
+            systems = (each for each in (error, error.__context__) if isinstance(each, OSError))
+            reason = str(next((each.strerror for each in systems if each.strerror), error))
             if name not in self.missing:
                 say(f"{name} could not be written: {reason}; training goes on")
             self.missing[name] = reason
