@@ -69,7 +69,9 @@ def test_value_iteration_solves_two_states_as_by_hand(two_states):
 
 def test_the_errors_of_value_iteration_are_those_of_its_sweeps(two_states):
     # Q is 0, then [[0, 0.5], [2, 3]], then [[0.25, 1.375], [3.5, 3]]; the largest |Q*| is 4
-    assert two_states.errors(0.5, 2) == pytest.approx([4 / 4, 2 / 4, 0.75 / 4])
+    assert two_states.errors(np.zeros((2, 2)), 0.5, 2) == pytest.approx([4 / 4, 2 / 4, 0.75 / 4])
+    # Q* but for one entry that changes no maximum: one sweep puts it right.
+    assert two_states.errors(np.array([[1, 2], [4, 4.0]]), 0.5, 1) == pytest.approx([1 / 4, 0], abs=1e-9)
 
 
 def test_a_policy_is_worth_what_bellmans_equation_says(two_states):

@@ -6,10 +6,11 @@
 
 FrozenLake-v1 (slippery), CliffWalking-v1 and Taxi-v4 publish their dynamics. Value iteration gives Q* from them; runs
 of dqn.py, as a table and as a network, are compared with it whenever they log. Exploration is complete: every episode
-begins in a state drawn uniformly, every action is drawn uniformly, and after 50 steps the episode is truncated, which
+begins in a state drawn uniformly, every action is drawn uniformly, and after 10 steps the episode is truncated, which
 bootstraps, so that Q* is the one without a time limit. Prints a table, draws results/optimality*.svg.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 import tyro
 from sweep import RESULTS, Row, Run, dqn
 
-LIMIT = 50  # steps after which an episode is truncated
+LIMIT = 10  # steps after which an episode is truncated; long ones would hardly see states off the beaten track
 
 
 class Dynamics:
@@ -63,9 +64,9 @@ class Dynamics:
             if gamma * np.abs(q - previous).max() <= precision * (1 - gamma):
                 return q
 
-    def errors(self, gamma: float, sweeps: int) -> list[float]:
-        """Largest errors of value iteration from 0, in units of the largest |Q*|: at first, and after each sweep."""
-        q, optimal, found = np.zeros(self.probability.shape[:2]), self.optimal(gamma), []
+    def errors(self, q: np.ndarray, gamma: float, sweeps: int) -> list[float]:
+        """Largest errors of value iteration from `q`, in units of the largest |Q*|: at first, and after each sweep."""
+        optimal, found = self.optimal(gamma), []
         for _ in range(sweeps + 1):
             found.append(np.abs(q - optimal)[self.states].max() / np.abs(optimal[self.states]).max())
             q = self.backup(q.max(1), gamma)
@@ -94,11 +95,11 @@ class ExploringStarts(gym.vector.VectorEnv):
         self.num_envs, self.dynamics = num_envs, published(env_id)
         self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
         num_states, num_actions, _ = self.dynamics.probability.shape
-        self.single_observation_space = gym.spaces.Box(0, 1, (num_states,), np.float32)
+        self.single_observation_space = gym.spaces.Box(0, 1, (num_states,), np.uint8)
         self.single_action_space = gym.spaces.Discrete(num_actions)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.cumulative, self.one_hot = self.dynamics.probability.cumsum(2), np.eye(num_states, dtype=np.float32)
+        self.cumulative, self.one_hot = self.dynamics.probability.cumsum(2), np.eye(num_states, dtype=np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
@@ -136,24 +137,32 @@ NETWORKS = {
     "network": dict(hidden_sizes=(120, 84), layer_norm=True),
 }
 COMMON = dict(tuned=False, num_envs=64, vectorization="native", start_e=1.0, end_e=1.0, exploration_fraction=0.5,
-              learning_starts=5_000, batch_size=512, anneal_lr=True, gamma=0.99, n_step=1, double_q=False,
+              learning_starts=5_000, anneal_lr=True, gamma=0.99, n_step=1, double_q=False,
               dueling=False, loss="mse", max_grad_norm=0.0, eval_frequency=0, tau=1.0)
 # A slippery lake needs many samples: what the buffer holds is a sample of the dynamics, and Q can be no better.
 ENVIRONMENTS = {
     "FrozenLake-v1": dict(total_timesteps=6_000_000, num_envs=256, train_frequency=256, buffer_size=6_000_000),
-    "CliffWalking-v1": dict(total_timesteps=1_000_000, train_frequency=32, batch_size=256, buffer_size=100_000),
-    "Taxi-v4": dict(total_timesteps=600_000, train_frequency=16, buffer_size=100_000),
+    "CliffWalking-v1": dict(total_timesteps=1_000_000, train_frequency=32, buffer_size=100_000),
+    "Taxi-v4": dict(total_timesteps=500_000, train_frequency=16, buffer_size=100_000),
 }
-# How fast a table's entries can move goes with how large Q* is.
-LEARNING_RATES = {
-    "table": {"FrozenLake-v1": 0.005, "CliffWalking-v1": 0.5, "Taxi-v4": 0.03},
-    "network": {"FrozenLake-v1": 1e-3, "CliffWalking-v1": 1e-3, "Taxi-v4": 3e-4},
+# How fast a table's entries can move goes with how large Q* is. What is left of chance in the targets goes with both.
+FITS = {
+    "table": {
+        "FrozenLake-v1": dict(learning_rate=0.005, batch_size=4096),
+        "CliffWalking-v1": dict(learning_rate=0.5, batch_size=256),
+        "Taxi-v4": dict(learning_rate=0.03, batch_size=512),
+    },
+    "network": {
+        "FrozenLake-v1": dict(learning_rate=1e-3, batch_size=512),
+        "CliffWalking-v1": dict(learning_rate=5e-4, batch_size=256),
+        "Taxi-v4": dict(learning_rate=3e-4, batch_size=512),
+    },
 }
 # Runs behind the first figure: enough gradient steps between two syncs for the table to reach its target.
 STAIRS = dict(total_timesteps=300_000, log_frequency=1_000, num_envs=64, train_frequency=16, buffer_size=300_000,
               anneal_lr=False)
 STAIR_SYNCS = ("1", "1,000", "10,000")
-STAIR_RATES = {"FrozenLake-v1": 0.02, "CliffWalking-v1": 0.1, "Taxi-v4": 0.05}
+STAIR_RATES = {"FrozenLake-v1": 0.01, "CliffWalking-v1": 0.1, "Taxi-v4": 0.05}
 STAIR_LIMITS = {"FrozenLake-v1": 1.0, "CliffWalking-v1": 0.15, "Taxi-v4": 1.4}
 
 
@@ -168,11 +177,10 @@ class Options:
 
 def settings(env_id: str, network: str, sync: str) -> dict[str, object]:
     """Of dqn.Args, for one environment, one kind of network and one way to update the target."""
-    changes = COMMON | ENVIRONMENTS[env_id] | NETWORKS[network] | SYNCS[sync]
+    changes = COMMON | ENVIRONMENTS[env_id] | NETWORKS[network] | FITS[network][env_id] | SYNCS[sync]
     if sync.startswith("soft"):
         changes["target_network_frequency"] = changes["train_frequency"]
-    return changes | dict(log_frequency=changes["total_timesteps"] // 10,
-                          learning_rate=LEARNING_RATES[network][env_id])
+    return changes | dict(log_frequency=changes["total_timesteps"] // 10)
 
 
 def runs(options: Options) -> list[Run]:
@@ -190,17 +198,27 @@ def quick() -> Run:
     return Run(PREFIX + "FrozenLake-v1", "quick", 1, settings("FrozenLake-v1", "table", "100") | changes)
 
 
+def q_table(learner: dqn.Learner) -> np.ndarray:
+    """What the network says of each state and action, (S, A)."""
+    with torch.no_grad():
+        return learner.q_network(torch.eye(learner.replay.frames.shape[1])).double().numpy()
+
+
+def first_table(run: Run) -> np.ndarray:
+    """What the network of a run says before it has learned anything, (S, A)."""
+    with contextlib.closing(dqn.make_envs(run.args, run.args.num_envs)) as envs:
+        return q_table(dqn.Learner(run.args, envs, torch.device("cpu")))
+
+
 def watcher(run: Run) -> Callable[[int, dqn.Learner], dict[str, float]]:
     """Measure the largest error of Q, in units of the largest |Q*|, and the greedy policy's largest loss of value."""
     dynamics = published(run.env_id.removeprefix(PREFIX))
     optimal = dynamics.optimal(run.args.gamma)
     states, scale = dynamics.states, np.abs(optimal[dynamics.states]).max()
-    observations = torch.eye(len(optimal))
     dqn.Report.scalars = lambda *_: None  # episodes are so short that writing them down would take most of the time
 
     def watch(step: int, learner: dqn.Learner) -> dict[str, float]:
-        with torch.no_grad():
-            q = learner.q_network(observations).double().numpy()
+        q = q_table(learner)
         lost = optimal.max(1) - dynamics.value(q.argmax(1), run.args.gamma)
         return {"q/error": np.abs(q - optimal)[states].max() / scale, "policy/loss": max(lost[states].max(), 0.0)}
 
@@ -224,7 +242,8 @@ def report(rows: list[Row], options: Options) -> None:
             for sync in STAIR_SYNCS:
                 for values in sweep.table(rows, PREFIX + env_id, f"stairs, {sync}", "q/error").values():
                     axes.plot(list(values), list(values.values()), label=f"sync every {sync}", linewidth=1)
-            sweeps = published(env_id).errors(COMMON["gamma"], STAIRS["total_timesteps"] // 10_000 + 1)
+            first = first_table(next(run for run in runs(options) if run.env_id == PREFIX + env_id))
+            sweeps = published(env_id).errors(first, COMMON["gamma"], STAIRS["total_timesteps"] // 10_000 + 1)
             axes.step(np.arange(len(sweeps) - 1) * 10_000, sweeps[1:], "k:", where="post", linewidth=1,
                       label="value iteration, a sweep every 10,000")
             axes.set_ylim(0, STAIR_LIMITS[env_id])
