@@ -73,20 +73,30 @@ def curve(rows: Iterable[Row], env_id: str, setting: str) -> tuple[np.ndarray, n
     return np.array(steps), np.array(returns)
 
 
-def draw(path: Path, rows: list[Row], shown: dict[str, list[str]], columns: int) -> None:
-    """A panel for each environment: its settings' interquartile mean with its interval, and every seed of the first."""
-    with figures.panels(path, list(shown), columns, xlabel="environment steps", ylabel="greedy return") as places:
-        for axes, (env_id, settings) in zip(places, shown.items(), strict=True):
-            for number, setting in enumerate(settings):
-                steps, returns = curve(rows, env_id, setting)
-                if number == 0 and len(settings) == 1:
-                    for line in returns:
-                        axes.plot(steps, line, color="gray", alpha=0.35, linewidth=0.7, label="one seed")
-                band = np.array([sweep.interval(column) for column in returns.T])
-                axes.plot(steps, sweep.iqm(returns, axis=0), color=f"C{number}",
-                          label=setting if len(settings) > 1 else "interquartile mean, 95% interval")
-                axes.fill_between(steps, *band.T, color=f"C{number}", alpha=0.2, linewidth=0)
+def draw_curves(path: Path, rows: list[Row], setting: str, env_ids: list[str], columns: int) -> None:
+    """A panel for each environment: every seed, their interquartile mean and its interval, over the steps."""
+    with figures.panels(path, env_ids, columns, xlabel="environment steps", ylabel="greedy return") as places:
+        for axes, env_id in zip(places, env_ids, strict=True):
+            steps, returns = curve(rows, env_id, setting)
+            for line in returns:
+                axes.plot(steps, line, color="gray", alpha=0.35, linewidth=0.7, label="one seed")
+            band = np.array([sweep.interval(column) for column in returns.T])
+            axes.plot(steps, sweep.iqm(returns, axis=0), color="C0", label="interquartile mean, 95% interval")
+            axes.fill_between(steps, *band.T, color="C0", alpha=0.2, linewidth=0)
             axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
+
+
+def draw_finals(path: Path, rows: list[Row], shown: dict[str, list[str]]) -> None:
+    """A panel for each environment, a line for each setting: every seed, interquartile mean and its interval."""
+    with figures.panels(path, list(shown), xlabel="greedy return at the end") as places:
+        for axes, (env_id, settings) in zip(places, shown.items(), strict=True):
+            for place, setting in enumerate(settings):
+                final = sweep.last(rows, env_id, setting, FINAL)
+                axes.plot(final, [place] * len(final), "o", color="gray", alpha=0.4, markersize=4, label="one seed")
+                axes.plot(sweep.interval(final), [place] * 2, color="C0", linewidth=4, alpha=0.4, label="95% interval")
+                axes.plot(sweep.iqm(final), place, "d", color="C0", label="interquartile mean")
+            axes.set_yticks(range(len(settings)), settings)
+            axes.invert_yaxis()
 
 
 def number(value: float) -> str:
@@ -120,11 +130,11 @@ def report(rows: list[Row], folder: Path) -> None:
     there += [(env_id, name) for env_id in STEPS for name in ABLATIONS if (env_id, name) in done]
     print(tables(rows, there))
     for setting, columns in (("tuned", 2), ("plain", 4)):
-        if shown := {env_id: [setting] for env_id in CONTROL + TOYS if (env_id, setting) in there}:
-            draw(folder / f"{setting}.svg", rows, shown, columns)
-    variants = {env_id: [name for name in ABLATIONS if (env_id, name) in there] for env_id in STEPS}
-    if shown := {env_id: names for env_id, names in variants.items() if names}:
-        draw(folder / "ablation.svg", rows, shown, 2)
+        if env_ids := [env_id for env_id in CONTROL + TOYS if (env_id, setting) in there]:
+            draw_curves(folder / f"{setting}.svg", rows, setting, env_ids, columns)
+    ablations = {env_id: [name for name in ABLATIONS if (env_id, name) in there] for env_id in STEPS}
+    if shown := {env_id: names for env_id, names in ablations.items() if names}:
+        draw_finals(folder / "ablation.svg", rows, shown)
 
 
 def main(options: Options) -> None:
