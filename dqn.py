@@ -204,7 +204,8 @@ TUNED: dict[str, dict[str, Any]] = {
     ),
     "MountainCar-v0": dict(
         total_timesteps=120_000, num_envs=8, buffer_size=120_000, learning_starts=1_000, train_frequency=4, n_step=5,
-        double_q=False, target_network_frequency=200, exploration_fraction=0.1, end_e=0.02, eval_frequency=20_000,
+        double_q=False, target_network_frequency=4, tau=0.05, exploration_fraction=0.1, end_e=0.0,
+        eval_frequency=20_000,
     ),
     "LunarLander-v3": dict(
         total_timesteps=200_000, num_envs=8, learning_rate=5e-4, buffer_size=200_000, train_frequency=2, n_step=3,
