@@ -132,7 +132,7 @@ def report(rows: list[Row], options: Options) -> None:
               f"{(largest > BOUND[env_id]).sum()} of {len(final)} | {np.median(lag):.3f} |")
     titles = list(SHOWN)[:3]
     panels = [(env_id, title) for env_id in options.env_ids for title in titles]
-    with figures.panels(RESULTS / "target_network.svg", [": ".join(panel) for panel in panels], 3, 3.6) as places:
+    with figures.panels(RESULTS / "target_network.svg", ["\n".join(panel) for panel in panels], 3, 3.6) as places:
         for axes, (env_id, title) in zip(places, panels, strict=True):
             names = [name for each, name in there if each == env_id]
             for place, name in enumerate(names):
