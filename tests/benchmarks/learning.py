@@ -116,7 +116,7 @@ def tables(rows: list[Row], shown: Iterable[tuple[str, str]]) -> str:
         low, high = sweep.interval(final)
         summary.append(f"| {env_id} | {setting} | {number(sweep.iqm(final))} ({number(low)} to {number(high)}) | "
                        f"{number(final.mean())} | {number(final.min())} | {number(best.mean())} | "
-                       f"{steps.mean():,.0f} | {seconds.mean():.0f} s |")
+                       f"{steps.mean():,.0f} | {np.median(seconds):.0f} s |")
         each = ", ".join(f"{number(mean)} ± {wide:.1f} ({number(top)})"
                          for mean, wide, top in zip(final, spread, best, strict=True))
         every.append(f"| {env_id} | {setting} | {each} |")
