@@ -87,7 +87,7 @@ def test_final_and_unreachable_states_are_no_states_to_begin_in():
 
 @pytest.mark.parametrize("env_id", ["CliffWalking-v1", "Taxi-v4"])
 def test_exploring_starts_move_as_the_environment_does(env_id):
-    envs, env = optimality.ExploringStarts(40, env_id), gym.make(env_id).unwrapped
+    envs, env = optimality.ExploringStarts(40, env_id, 10), gym.make(env_id).unwrapped
     envs.reset(seed=1)
     env.reset(seed=1)
     rng = np.random.default_rng(1)
@@ -105,7 +105,7 @@ def test_exploring_starts_move_as_the_environment_does(env_id):
 
 
 def test_exploring_starts_slip_as_often_as_is_published():
-    envs = optimality.ExploringStarts(30_000, "FrozenLake-v1")
+    envs = optimality.ExploringStarts(30_000, "FrozenLake-v1", 10)
     envs.reset(seed=1)
     envs.state[:] = 14  # left of the goal: to the right or up or down, each in a third of the cases
     _, rewards, terminated, _, _ = envs.step(np.full(30_000, 2))
@@ -142,11 +142,11 @@ def test_targets_that_swing_to_and_fro_count_as_moving(monkeypatch):
 
 
 def test_exploring_starts_are_truncated_after_their_limit():
-    envs = optimality.ExploringStarts(1, "CliffWalking-v1")
+    envs = optimality.ExploringStarts(1, "CliffWalking-v1", 4)
     envs.reset(seed=1)
     envs.state[:] = 0
-    truncated = [envs.step(np.array([0]))[3][0] for _ in range(optimality.LIMIT + 1)]  # up, against the wall
-    assert truncated == [False] * (optimality.LIMIT - 1) + [True, False]
+    truncated = [envs.step(np.array([0]))[3][0] for _ in range(5)]  # up, against the wall
+    assert truncated == [False, False, False, True, False]
 
 
 def test_a_sweep_does_only_what_is_missing_or_out_of_date(tmp_path):
