@@ -260,6 +260,8 @@ def report(rows: list[Row], options: Options) -> None:
                     axes.plot([place] * len(values), values, "o", color=f"C{number}", alpha=0.4, markersize=3)
                 medians = [np.median(values) for values in errors]
                 axes.plot(range(len(SYNCS)), medians, color=f"C{number}", label=network)
+            axes.axhline(0.01, color="gray", linestyle=":", label="1%")
+            axes.set_ylim(1e-7, 0.1)
             axes.set_xticks(range(len(SYNCS)), SYNCS, rotation=45)
 
 
