@@ -148,7 +148,7 @@ ENVIRONMENTS = {
     "CliffWalking-v1": dict(total_timesteps=1_000_000, train_frequency=32, buffer_size=100_000),
     "Taxi-v4": dict(total_timesteps=500_000, train_frequency=16, buffer_size=100_000),
 }
-# How fast a table's entries can move goes with how large Q* is. What is left of chance in the targets goes with both.
+# How fast a table's entries can move goes with how large Q* is; a larger batch leaves less noise in the end.
 FITS = {
     "table": {
         "FrozenLake-v1": dict(learning_rate=0.005, batch_size=4096),
