@@ -153,7 +153,7 @@ FITS = {
     "table": {
         "FrozenLake-v1": dict(learning_rate=0.005, batch_size=4096),
         "CliffWalking-v1": dict(learning_rate=0.5, batch_size=256),
-        "Taxi-v4": dict(learning_rate=0.03, batch_size=512),
+        "Taxi-v4": dict(learning_rate=0.03, batch_size=512, total_timesteps=600_000),
     },
     "network": {
         "FrozenLake-v1": dict(learning_rate=1e-3, batch_size=512),
