@@ -6,6 +6,7 @@
     python dqn.py --env-id ALE/Pong-v5                      # from pixels
     python dqn.py --resume runs/NAME                        # go on with a run that was stopped, to the bit
     python dqn.py --evaluate runs/NAME                      # let its best network play
+    torchrun --standalone --nproc-per-node 2 dqn.py         # the same run by two processes, with a GPU each
     tensorboard --logdir runs                               # look at it
 
 A Q-network learns Q(s, a), the discounted return of taking action a in state s and acting greedily from there on,
@@ -48,8 +49,10 @@ import textwrap
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Self
 
@@ -60,7 +63,7 @@ import tyro
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.optim.adam import adam
 from torch.utils.tensorboard.summary import custom_scalars, hparams, text
@@ -74,6 +77,8 @@ VIDEO_EPISODES = 3
 JOURNAL_PASSES = 10_000  # steps of each environment that a resumed run may have to repeat; tenfold for long episodes
 FORMAT = 1  # of checkpoint.pt and model.pt; a file with a higher one comes from a newer dqn.py
 CHECKPOINT, PREVIOUS, MODEL = "checkpoint.pt", "checkpoint.previous.pt", "model.pt"
+AGREE_STEPS = 1_000  # environment steps after which the ranks agree on whether to stop
+PATIENCE = timedelta(minutes=10)  # that a rank waits for another one: longer than an evaluation takes
 NATIVE_FROM = 5  # environments from which Gymnasium's vectorised CartPole outruns SyncVectorEnv (measured)
 
 
@@ -167,7 +172,7 @@ class Reporting:
 class Existing:
     """A run that exists: go on with it, or watch it. Its own settings hold."""
 
-    resume: str | None = None  # run folder to go on in, from its checkpoint
+    resume: str | None = None  # run folder to go on in, from its checkpoint; auto = the newest of this run, if any
     evaluate: str | None = None  # run folder whose network plays --eval-episodes, instead of training
     which: Literal["best", "last"] = "best"  # the network that plays: model.pt's or the checkpoint's
     render: bool = False  # show it in a window as it plays
@@ -281,12 +286,65 @@ def validate(args: Args) -> None:
         found = importlib.util.find_spec(module)
         if getattr(args, name) and (found is None or found.origin is None):  # without origin: a mere folder
             raise UsageError(f"{flag(args, name)}: {module} is not installed; pip install {module}")
+    ranks = Ranks().size
+    for name in ("num_envs", "buffer_size", "batch_size"):
+        if getattr(args, name) % ranks:
+            raise UsageError(f"{flag(args, name)}: must be a multiple of {ranks}, the number of ranks")
     blind = sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
     for wrong, reason in ((args.evaluate is None, "shows a trained network; must come with --evaluate"),
                           (args.capture_video, "cannot go with --capture-video; do one after the other"),
                           (blind, "there is no display here; --capture-video makes an mp4 instead")):
         if args.render and wrong:
             raise UsageError(f"--render: {reason}")
+
+
+class Ranks:
+    """The processes that torchrun started for this run, each with a share of it; without torchrun, this one alone.
+
+    All of them go through the same calls in the same order. Raises TrainingError where another one has ended.
+    """
+
+    def __init__(self, cuda: bool = False) -> None:
+        started = distributed.is_available() and distributed.is_torchelastic_launched()
+        self.rank, self.size, place = (int(os.environ[name]) if started else least
+                                       for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.path = (self.rank,) if self.rank else ()  # to derive_seed: each rank has its own streams
+        self.device = torch.device(f"cuda:{place}" if cuda and torch.cuda.is_available() else "cpu")
+        self.seconds = 0.0  # spent on averaging gradients
+
+    def __enter__(self) -> Self:
+        if self.size > 1:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            distributed.init_process_group(timeout=PATIENCE)  # gloo for what is on the CPU, NCCL on a GPU
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if self.size > 1 and kind is None:
+            distributed.destroy_process_group()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, the same list on all."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            self.together(distributed.all_gather_object, values, value)
+        return values
+
+    def average(self, values: Tensor) -> None:
+        """Replace a vector by its mean over the ranks, with the same bits on all."""
+        if self.size > 1:
+            start = time.perf_counter()
+            self.together(distributed.all_reduce, values)
+            values /= self.size
+            self.seconds += time.perf_counter() - start
+
+    def together(self, operation: Callable[..., object], *arguments: Any) -> None:
+        """Do what needs all ranks."""
+        try:
+            operation(*arguments)
+        except RuntimeError as error:
+            raise TrainingError(f"rank {self.rank}: another one has ended or hangs: {error!s:.200}") from None
 
 
 def derive_seed(seed: int, *path: int) -> int:
@@ -691,11 +749,12 @@ class Learner:
     STATE = ("parameters", "target_parameters", "optimizer", "learning_rate", "learning_starts", "learned_step",
              "actions_rng", "replay_rng", "loss", "q_values", "gradient", "probe", "probe_targets")
 
-    def __init__(self, args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> None:
-        self.args, self.device = args, device
+    def __init__(self, args: Args, envs: gym.vector.VectorEnv, ranks: Ranks) -> None:
+        self.args, self.ranks, self.device, device = args, ranks, ranks.device, ranks.device
         space, self.num_actions = envs.single_observation_space, int(envs.single_action_space.n)
-        self.replay = ReplayBuffer(args.buffer_size, args.num_envs, space, self.num_actions, args.n_step, args.gamma,
-                                   args.frame_stack, args.clip_rewards, device)
+        self.batch_size = args.batch_size // ranks.size  # its share of each batch
+        self.replay = ReplayBuffer(args.buffer_size // ranks.size, envs.num_envs, space, self.num_actions, args.n_step,
+                                   args.gamma, args.frame_stack, args.clip_rewards, device)
         with torch.random.fork_rng(devices=[]):  # PyTorch initialises layers from its global generator only
             torch.manual_seed(derive_seed(args.seed, NETWORK))
             network = make_network(args, space, self.num_actions)
@@ -707,8 +766,8 @@ class Learner:
         self.leaves = list(self.q_network.parameters())
         self.learning_rate = torch.tensor(args.learning_rate, device=device)
         self.learning_starts, self.learned_step = args.learning_starts, 0
-        self.actions_rng = np.random.default_rng(derive_seed(args.seed, ACTIONS))
-        self.replay_rng = np.random.default_rng(derive_seed(args.seed, REPLAY))
+        self.actions_rng = np.random.default_rng(derive_seed(args.seed, ACTIONS, *ranks.path))
+        self.replay_rng = np.random.default_rng(derive_seed(args.seed, REPLAY, *ranks.path))
         self.loss = self.q_values = self.gradient = None  # of the last gradient step
         self.probe = self.probe_targets = None  # a fixed batch, and the TD targets it had at the last log
 
@@ -733,9 +792,10 @@ class Learner:
         return loss.detach(), q_values.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
     def gradient_step(self) -> None:
-        """Draw a batch and take a step of Adam on it; `gradient` is what Adam received."""
-        index = self.replay.index(self.args.batch_size, self.replay_rng)
+        """Draw this rank's share of a batch, take a step of Adam on the whole; `gradient` is what Adam received."""
+        index = self.replay.index(self.batch_size, self.replay_rng)
         self.loss, self.q_values, self.gradient = self.td_gradient(*index)
+        self.ranks.average(self.gradient)
         if self.args.max_grad_norm:
             self.gradient *= (self.args.max_grad_norm / self.gradient.norm()).clamp(max=1.0)
         self.optimizer.step(self.gradient, self.learning_rate)
@@ -750,7 +810,7 @@ class Learner:
 
         torch._dynamo.reset()  # what an earlier run in this process compiled
         torch._dynamo.config.trace_autograd_ops = True  # the gradient belongs to the function
-        slots = np.zeros(self.args.batch_size, np.int64)
+        slots = np.zeros(self.batch_size, np.int64)
         arrays = (self.replay.stack(slots), slots, np.float32(slots), self.replay.stack(slots), np.float32(slots))
         index = [torch.from_numpy(array).to(self.device) for array in arrays]
         torch._dynamo.mark_static_address(self.replay.frames)  # or a CUDA graph would copy all of them at each call
@@ -783,8 +843,8 @@ class Learner:
         if self.loss is None:
             return {}
         if self.probe is None:
-            rng = np.random.default_rng(derive_seed(self.args.seed, PROBE))
-            self.probe = list(self.replay.sample(self.args.batch_size, rng))
+            rng = np.random.default_rng(derive_seed(self.args.seed, PROBE, *self.ranks.path))
+            self.probe = list(self.replay.sample(self.batch_size, rng))
         lag = (self.parameters - self.target_parameters).norm() / self.parameters.norm()
         values = {"losses/td_loss": self.loss, "losses/q_values": self.q_values.mean(),
                   "losses/grad_norm": self.gradient.norm(), "target/lag": lag}
@@ -792,7 +852,9 @@ class Learner:
         self.probe_targets = td_target(Batch(*self.probe), self.q_network, self.target_network, self.args.double_q)
         if targets is not None:
             values["target/drift"] = (self.probe_targets - targets).abs().mean()
-        return {tag: value.item() for tag, value in values.items()}
+        means = torch.stack(list(values.values()))
+        self.ranks.average(means)
+        return dict(zip(values, means.tolist(), strict=True))
 
 
 class Rollout:
@@ -805,12 +867,13 @@ class Rollout:
 
     STATE = ("global_step", "passes", "reset_step", "journal", "returns", "lengths", "ended", "lives")
 
-    def __init__(self, args: Args, envs: gym.vector.VectorEnv, replay: ReplayBuffer) -> None:
+    def __init__(self, args: Args, envs: gym.vector.VectorEnv, replay: ReplayBuffer, ranks: Ranks) -> None:
         self.seed, self.episodic_life, self.envs, self.replay = args.seed, args.episodic_life, envs, replay
+        self.ranks = ranks
         halves = (("send", "recv"), ("step_async", "step_wait"))  # of a step that runs without Python's lock
         self.halves = next(((getattr(envs, a), getattr(envs, b)) for a, b in halves if hasattr(envs, a)), None)
         self.first_action = envs.single_action_space.start
-        self.global_step = 0  # environment steps taken, over all environments
+        self.global_step = 0  # environment steps taken, over all environments of all ranks
         self.journal = np.zeros((10 * JOURNAL_PASSES, envs.num_envs), replay.actions.dtype)
         self.passes, self.reset_step = 0, 0  # steps of each environment since the last reset; global_step then
         self.returns, self.lengths = np.zeros((2, envs.num_envs))  # of the episodes under way
@@ -823,7 +886,8 @@ class Rollout:
 
     def begin(self) -> tuple[np.ndarray, np.ndarray | int]:
         """Reset all environments with a seed that `reset_step` gives; the first observations (N, *shape), and lives."""
-        observations, infos = self.envs.reset(seed=derive_seed(self.seed, TRAIN_ENVS, self.reset_step))
+        seed = derive_seed(self.seed, TRAIN_ENVS, self.reset_step, *self.ranks.path)
+        observations, infos = self.envs.reset(seed=seed)
         return observations, infos.get("lives", 0)
 
     def reset(self) -> None:
@@ -842,7 +906,7 @@ class Rollout:
         """
         self.journal[self.passes] = actions
         self.passes += 1
-        self.global_step += len(actions)
+        self.global_step += len(actions) * self.ranks.size
         shifted = actions + self.first_action
         if self.halves:
             self.halves[0](shifted)
@@ -986,6 +1050,11 @@ def write_file(path: Path, content: dict[str, Any], previous: str = "") -> None:
             os.close(folder)
 
 
+def of_rank(path: Path, rank: int) -> Path:
+    """Where a rank has its part of a checkpoint: checkpoint.pt, checkpoint.rank1.pt, ..."""
+    return path.with_suffix(f".rank{rank}.pt") if rank else path
+
+
 def read_file(path: Path, verify: bool = True) -> dict[str, Any]:
     """What `write_file` saved, tensors mapped from disk; UsageError for any other file, or a damaged one."""
     try:
@@ -1042,6 +1111,28 @@ def existing_run(args: Args, verify: bool = True) -> tuple[Args, Path, dict[str,
         raise UsageError(f"{named}: {path} was not written by this dqn.py: {error}") from None
 
 
+def newest_checkpoint(args: Args) -> str | None:
+    """The newest whole checkpoint of a run with these settings under runs/, for --resume auto; None: there is none."""
+    folders = Path("runs").glob(f"{run_name(args)}__*/")
+    for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True):
+        for name in (CHECKPOINT, PREVIOUS):
+            with contextlib.suppress(UsageError):
+                existing_run(dataclasses.replace(args, resume=str(folder / name)))
+                return str(folder / name)
+    return None
+
+
+def part_of_rank(path: Path, rank: int, step: int) -> tuple[Path, dict[str, Any]]:
+    """A rank's part of the checkpoint of `step` in `path`, and where it is; UsageError where that is missing."""
+    for name in (CHECKPOINT, PREVIOUS):
+        part = of_rank(path.with_name(name), rank)
+        with contextlib.suppress(UsageError):
+            content = read_file(part)
+            if content["rollout"]["global_step"] == step:
+                return part, content
+    raise UsageError(f"--resume {path}: rank {rank}'s part of step {step:,} is missing")
+
+
 def lock(run_dir: Path) -> IO[str]:
     """Become the only process that writes to a run folder, until the file returned is closed or the process dies."""
     try:
@@ -1093,8 +1184,9 @@ class Report:
     STATE = ("recent", "evaluations", "best_step", "best_return", "best_network", "final_returns", "seconds",
              "log_name", "log_bytes", "wandb_id")
 
-    def __init__(self, args: Args, network: QNetwork) -> None:
-        self.args, self.run_dir, self.wandb, self.wandb_id = args, Path(), None, None
+    def __init__(self, args: Args, network: QNetwork, ranks: Ranks) -> None:
+        self.args, self.ranks, self.run_dir, self.wandb, self.wandb_id = args, ranks, Path(), None, None
+        self.finished: list[tuple[int, float, float]] = []  # step, return, length of episodes that are not logged yet
         self.recent: list[float] = []  # returns of the last training episodes
         self.evaluations: list[tuple[int, float]] = []  # (step, mean greedy return)
         self.best_step, self.best_return, self.best_network = 0, -math.inf, copy.deepcopy(network)
@@ -1104,6 +1196,7 @@ class Report:
         self.pending = io.BytesIO()  # events not yet in TensorBoard's file
         self.records = RecordWriter(self.pending)
         self.missing: dict[str, str] = {}
+        self.lock: IO[str] | None = None
 
     @property
     def evaluated(self) -> int:
@@ -1111,8 +1204,16 @@ class Report:
         return self.evaluations[-1][0] if self.evaluations else 0
 
     def open(self, run_dir: Path, step: int, new_settings: bool) -> None:
-        """Begin to write to `run_dir`, or go on there."""
-        self.run_dir, self.lock, settings = run_dir, lock(run_dir), dataclasses.asdict(self.args)
+        """Begin to write to `run_dir`, or go on there; ranks other than 0 only write their parts of checkpoints."""
+        self.run_dir = run_dir
+        if self.ranks.rank == 0:
+            self.open_log(step, new_settings)
+        self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit=" steps", unit_scale=True,
+                        disable=None if self.ranks.rank == 0 else True, dynamic_ncols=True)
+
+    def open_log(self, step: int, new_settings: bool) -> None:
+        """Begin to write TensorBoard's file, or go on with it."""
+        run_dir, self.lock, settings = self.run_dir, lock(self.run_dir), dataclasses.asdict(self.args)
         if self.args.track:
             wandb = importlib.import_module("wandb")
             try:
@@ -1137,21 +1238,21 @@ class Report:
         if new_settings or not self.log_bytes:
             rows = "".join(f"|{name}|{value}|\n" for name, value in settings.items())
             self.record(Event(summary=text("hyperparameters", f"|setting|value|\n|-|-|\n{rows}"), step=step))
-        self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit=" steps", unit_scale=True, disable=None,
-                        dynamic_ncols=True)
 
     def close(self) -> None:
         """Close what was opened; everything logged so far is on disk afterwards."""
         self.bar.close()
         self.flush()
-        self.lock.close()
+        if self.lock:
+            self.lock.close()
         if self.wandb:
             self.wandb.finish()
 
     def record(self, event: Event) -> None:
         """Append to TensorBoard's file, at the next flush."""
         event.wall_time = time.time()
-        self.records.write(event.SerializeToString())
+        if self.ranks.rank == 0:
+            self.records.write(event.SerializeToString())
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log values by TensorBoard tag."""
@@ -1195,10 +1296,35 @@ class Report:
             write_file(self.run_dir / name, {"format": FORMAT, "args": settings} | content, previous)
 
     def checkpoint(self, parts: dict[str, Any]) -> None:
-        """Save all that the future of the run depends on; keep the checkpoint before it."""
+        """Save all that the future of the run depends on; keep the checkpoint before it.
+
+        Each rank writes its part. Rank 0 comes last, so that a new checkpoint.pt means that all parts are there; until
+        then the old one is in force, whose parts are the others' previous ones. Raises TrainingError where the ranks'
+        parameters differ.
+        """
+        self.log_episodes()
         self.flush(durable=True)
         kept = {name: pack(part) for name, part in parts.items() if name != "replay" or self.args.checkpoint_replay}
-        self.save(CHECKPOINT, kept, PREVIOUS)
+        kept["ranks"] = self.ranks.size
+        digests = self.ranks.gather(zlib.crc32(kept["learner"]["parameters"].numpy()))
+        if len(set(digests)) > 1:
+            raise TrainingError(f"ranks differ in their parameters, at step {kept['rollout']['global_step']:,}")
+        part, previous = (of_rank(Path(name), self.ranks.rank).name for name in (CHECKPOINT, PREVIOUS))
+        if self.ranks.rank:
+            self.save(part, kept, previous)
+        failures = self.ranks.gather(self.missing.get(part) if self.ranks.rank else None)
+        with self.writing(CHECKPOINT):
+            for reason in filter(None, failures):
+                raise RuntimeError(reason)
+        if self.ranks.rank == 0 and not any(failures):
+            self.save(CHECKPOINT, kept, PREVIOUS)
+
+    def log_episodes(self) -> None:
+        """Log the training episodes that have ended on any rank since the last call."""
+        for step, total, length in sorted(itertools.chain(*self.ranks.gather(self.finished)), key=lambda each: each[0]):
+            self.recent = [*self.recent[-19:], total]
+            self.scalars(step, {"charts/episodic_return": total, "charts/episodic_length": length})
+        self.finished = []
 
     def lap(self, step: int) -> float:
         """Steps per second up to `step`; the clock goes on from here."""
@@ -1208,6 +1334,7 @@ class Report:
 
     def progress(self, step: int, epsilon: float, learning_rate: float, diagnostics: dict[str, float]) -> None:
         """Log and show how far training is."""
+        self.log_episodes()
         total, speed = self.args.total_timesteps, self.lap(step)
         values = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate, "charts/SPS": int(speed)}
         self.scalars(step, values | diagnostics)
@@ -1223,11 +1350,14 @@ class Report:
 
     def evaluate(self, step: int, network: QNetwork, envs: gym.vector.VectorEnv, episodes: int,
                  interrupted: Sequence[int]) -> Evaluation | None:
-        """Evaluate, log, and keep the network if none was better; None if interrupted."""
+        """Evaluate on rank 0, log, and keep the network if none was better; None if interrupted."""
         # Other episodes each time, so that the verdict does not replay those that a run was stopped for.
         seed = derive_seed(self.args.seed, EVAL_ENVS, len(self.evaluations))
         self.lap(step)
-        result = evaluate(network, envs, episodes, seed, self.args.gamma, self.args.eval_max_steps, interrupted)
+        result = None
+        if self.ranks.rank == 0:
+            result = evaluate(network, envs, episodes, seed, self.args.gamma, self.args.eval_max_steps, interrupted)
+        result = self.ranks.gather(result)[0]
         if result is not None:
             check_finite(step, evaluation=result.returns)
             mean, length, q_bias = (float(values.mean()) for values in result)
@@ -1238,7 +1368,7 @@ class Report:
             if mean >= self.best_return:
                 self.best_step, self.best_return = step, mean
                 self.best_network.load_state_dict(network.state_dict())
-                if self.args.save_model:
+                if self.args.save_model and self.ranks.rank == 0:
                     self.save(MODEL, {"q_network": network.state_dict()})
         self.since = time.perf_counter()  # evaluations are no training
         return result
@@ -1274,9 +1404,14 @@ def describe(args: Args) -> str:
     return "\n".join(lines)
 
 
+def run_name(args: Args) -> str:
+    """What the folders of runs with these settings begin with."""
+    return re.sub(r"[^\w.=+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}")
+
+
 def create_run_dir(args: Args) -> Path:
     """Make a folder under runs/, its own even if another run starts in this second; UsageError if that fails."""
-    name = re.sub(r"[^\w.=+-]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name = f"{run_name(args)}__{int(time.time())}"
     try:
         for suffix in itertools.chain([""], map("_{}".format, itertools.count(2))):
             with contextlib.suppress(FileExistsError):
@@ -1342,14 +1477,19 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
     saved = {}
     if args.evaluate is not None:
         raise UsageError(f"{flag(args, 'evaluate')}: is for play(args), which trains nothing")
+    ranks = Ranks(args.cuda)
+    if args.resume == "auto":
+        args = dataclasses.replace(args, resume=newest_checkpoint(args))
     if args.resume is not None:
         args, path, saved = existing_run(args)
     validate(args)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     with contextlib.ExitStack() as stack:
         interrupted = stack.enter_context(caught_signals())
-        envs = stack.enter_context(contextlib.closing(make_envs(args, args.num_envs)))
+        stack.enter_context(ranks)
+        if ranks.rank:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        envs = stack.enter_context(contextlib.closing(make_envs(args, args.num_envs // ranks.size)))
         if args.capture_video:
             with contextlib.closing(gym.make(args.env_id)) as env:
                 if "rgb_array" not in env.metadata.get("render_modes", ()):
@@ -1357,28 +1497,42 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
                                      "leave it out")
         # One environment an episode, where that does not mean as many processes.
         count = min(args.eval_episodes, FINAL_EPISODES if args.vectorization != "async" else args.num_envs)
-        eval_envs = stack.enter_context(contextlib.closing(make_envs(args, count)))
-        learner = Learner(args, envs, device)
+        eval_envs = stack.enter_context(contextlib.closing(make_envs(args, count if ranks.rank == 0 else 1)))
+        learner = Learner(args, envs, ranks)
         if learner.parameters.numel() * args.batch_size < 2**24:  # too little work for one core to share it
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
-        replay, rollout, report = learner.replay, Rollout(args, envs, learner.replay), Report(args, learner.q_network)
+        replay, report = learner.replay, Report(args, learner.q_network, ranks)
+        rollout = Rollout(args, envs, replay, ranks)
         if args.compile and replay.frames.device == learner.parameters.device:
             learner.compile()
         parts = {"learner": learner, "replay": replay, "rollout": rollout, "report": report}
+        reason = "checkpoints have no replay buffer"
+        if saved and saved.get("ranks", 1) != ranks.size:
+            reason = f"the checkpoint is of {saved.get('ranks', 1)} ranks, now there are {ranks.size}"
+            rollout.global_step = saved["rollout"]["global_step"]
+            saved = {name: part for name, part in saved.items() if name not in ("replay", "rollout")}
+            fresh = {"actions_rng": ACTIONS, "replay_rng": REPLAY}
+            saved["learner"] |= {name: pack(np.random.default_rng(derive_seed(
+                args.seed, purpose, *ranks.path, rollout.global_step))) for name, purpose in fresh.items()}
+        elif saved and ranks.rank:
+            path, saved = part_of_rank(path, ranks.rank, saved["rollout"]["global_step"])
         try:
             for name in parts.keys() & saved.keys():
-                unpack(parts[name], saved[name], device)
+                unpack(parts[name], saved[name], ranks.device)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"--resume {path}: does not fit {args.env_id} as it is here: {error!r}") from None
-        run_dir = path.parent if saved else create_run_dir(args)
+        run_dir = path.parent if saved else create_run_dir(args) if ranks.rank == 0 else None
+        run_dir = ranks.gather(run_dir)[0]
         report.open(run_dir, rollout.global_step, saved.get("args") != dataclasses.asdict(args))
         stack.callback(report.close)
         say(f"{describe(args)}\nrun folder    {run_dir}")
-        if saved:
-            path.replace(run_dir / CHECKPOINT)  # where the one before the newest was named
+        begun = "replay" in saved
+        if saved and (begun or ranks.rank == 0):
+            newest = of_rank(run_dir / CHECKPOINT, ranks.rank if begun else 0)
+            path.replace(newest)  # where the one before the newest was named
             say(f"resumed       at step {rollout.global_step:,}")
-        begun, saved = "replay" in saved, None  # its tensors were mapped from disk; let go of the file
+        saved = None  # its tensors were mapped from disk; let go of the file
 
         def unfinished() -> bool:
             return rollout.global_step < args.total_timesteps and report.best_return < args.stop_return
@@ -1390,26 +1544,25 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             rollout.reset()
         if not begun and unfinished():
             if rollout.global_step:
-                say("not exact: checkpoints have no replay buffer, so it is filled anew before learning goes on")
+                say(f"not exact: {reason}, so the replay buffer is filled anew")
             learner.learning_starts = rollout.global_step + args.learning_starts
             rollout.reset()
             if args.checkpoint_frequency:
                 report.checkpoint(parts)
-        report.since = time.perf_counter()
+        report.since, stopped = time.perf_counter(), False
 
-        while unfinished() and not interrupted:
+        while unfinished() and not stopped:
             global_step = rollout.global_step
             if due(args.eval_frequency, global_step, args.num_envs) and global_step > report.evaluated:
-                report.evaluate(global_step, learner.q_network, eval_envs, args.eval_episodes, interrupted)
+                stopped = report.evaluate(global_step, learner.q_network, eval_envs, args.eval_episodes,
+                                          interrupted) is None
                 continue
             report.final_returns = []  # of a run that had ended
             decay_steps = args.exploration_fraction * args.total_timesteps
             epsilon = linear_schedule(args.start_e, args.end_e, decay_steps, global_step)
             learn = functools.partial(learner.learn, global_step)  # what the steps so far owe
-            for total, length in rollout.step(learner.act(replay.newest(), epsilon), meanwhile=learn):
-                report.recent = [*report.recent[-19:], total]
-                values = {"charts/episodic_return": total, "charts/episodic_length": length}
-                report.scalars(rollout.global_step, values)
+            ended = rollout.step(learner.act(replay.newest(), epsilon), meanwhile=learn)
+            report.finished += [(rollout.global_step, *episode) for episode in ended]
             report.bar.update(args.num_envs)
 
             global_step, at_end = rollout.global_step, rollout.global_step >= args.total_timesteps
@@ -1424,18 +1577,20 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
 
             if due(args.checkpoint_frequency, global_step, args.num_envs) and not at_end:
                 report.checkpoint(parts)
+            if due(1 if ranks.size == 1 else AGREE_STEPS, global_step, args.num_envs):
+                stopped = any(ranks.gather(bool(interrupted)))
 
         if rollout.global_step >= args.total_timesteps:
             learner.learn(rollout.global_step)
         report.bar.close()
         report.lap(rollout.global_step)
         if not report.final_returns:
-            if not interrupted:
+            if not stopped:
                 final = report.evaluate(rollout.global_step, learner.q_network, eval_envs, FINAL_EPISODES, interrupted)
                 report.final_returns = [] if final is None else final.returns.tolist()
             if args.checkpoint_frequency:
                 report.checkpoint(parts)
-        if args.capture_video and not interrupted:
+        if args.capture_video and report.final_returns and ranks.rank == 0:
             with report.writing("videos"), contextlib.closing(make_envs(args, 1, run_dir / "videos" / "best")) as shown:
                 evaluate(report.best_network, shown, VIDEO_EPISODES, derive_seed(args.seed, VIDEO), args.gamma,
                          args.eval_max_steps, interrupted)
@@ -1526,7 +1681,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
         with contextlib.redirect_stderr(complaint):
             chosen, existing = (tyro.cli(section, args=argv, return_unknown_args=True, add_help=False)[0]
                                 for section in (Environment, Existing))
-            if existing.resume is not None or existing.evaluate is not None:
+            if existing.resume not in (None, "auto") or existing.evaluate is not None:
                 defaults, shown = existing_run(Args(**vars(existing)), verify=False)[0], "that run"
             else:
                 defaults = Args(env_id=chosen.env_id, tuned=chosen.tuned)
