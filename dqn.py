@@ -48,6 +48,7 @@ import sys
 import textwrap
 import threading
 import time
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -316,8 +317,29 @@ class Ranks:
         if self.size > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            distributed.init_process_group(timeout=PATIENCE)  # gloo for what is on the CPU, NCCL on a GPU
+            # gloo for what is on the CPU, NCCL on a GPU
+            distributed.init_process_group(store=self.meet(), rank=self.rank, world_size=self.size, timeout=PATIENCE)
         return self
+
+    def meet(self) -> distributed.Store:
+        """A store of these processes only: torchrun's own outlives those that it starts again, with all they wrote.
+
+        A rank gives itself a name that was never used and waits to be welcomed under it; rank 0 welcomes whoever is
+        named, also those long gone, until all have answered.
+        """
+        store, name = next(distributed.rendezvous("env://", timeout=PATIENCE))[0], uuid.uuid4().hex
+        if self.rank:
+            store.set(f"here/{self.rank}", name)
+            group = store.get(f"welcome/{name}").decode()
+            store.set(f"joined/{group}/{self.rank}", name)
+            return distributed.PrefixStore(group, store)
+        others = set(range(1, self.size))
+        while others := {rank for rank in others if not store.check([f"joined/{name}/{rank}"])}:
+            for rank in others:
+                if store.check([f"here/{rank}"]):
+                    store.set(f"welcome/{store.get(f'here/{rank}').decode()}", name)
+            time.sleep(0.01)
+        return distributed.PrefixStore(name, store)
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         if self.size > 1 and kind is None:
