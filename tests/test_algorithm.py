@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from conftest import differences
-from dqn import Args, Batch, Learner, derive_seed, due, linear_schedule, make_envs, pack, sync_target, td_target
+from dqn import Args, Batch, Learner, Ranks, derive_seed, due, linear_schedule, make_envs, pack, sync_target, td_target
 
 
 class Table(nn.Module):
@@ -89,7 +89,7 @@ def test_a_run_takes_the_same_gradient_steps_and_syncs_for_any_number_of_environ
 def make_learner(**settings):
     args = Args(**dict(tuned=False, buffer_size=500, batch_size=16) | settings)
     envs = make_envs(args, args.num_envs)
-    learner = Learner(args, envs, torch.device("cpu"))
+    learner = Learner(args, envs, Ranks())
     learner.replay.reset(envs.reset(seed=0)[0])
     for _ in range(200):
         actions = learner.act(learner.replay.newest(), 1.0)

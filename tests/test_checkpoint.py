@@ -135,7 +135,7 @@ def test_a_full_journal_is_emptied_by_a_reset_and_resume_stays_exact(journal, in
 def test_the_seed_of_a_reset_follows_from_its_step(in_tmp):
     args = Args(tuned=False, num_envs=2)
     envs = dqn.make_envs(args, 2)
-    rollout = Rollout(args, envs, dqn.Learner(args, envs, torch.device("cpu")).replay)
+    rollout = Rollout(args, envs, dqn.Learner(args, envs, dqn.Ranks()).replay, dqn.Ranks())
     first, again, later = ((setattr(rollout, "reset_step", step), rollout.begin()[0].copy())[1] for step in (0, 0, 800))
     assert np.array_equal(first, again)
     assert not np.isclose(first, later).any()

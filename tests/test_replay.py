@@ -242,7 +242,7 @@ def test_a_buffer_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     monkeypatch.setattr(dqn, "available_memory", lambda: 1e6)
     args = Args(tuned=False, buffer_size=100_000)
     with pytest.raises(UsageError, match=r"--buffer-size 100000.*needs.*GiB.*at most 43,477"):  # 1e6 / 23 - 1
-        Learner(args, make_envs(args, 1), "cpu")
+        Learner(args, make_envs(args, 1), dqn.Ranks())
 
 
 # of steps 0, 3 and 4: 5 - 2/2 + 2/4, -0.5 - 1.5/2 + 1/4, and -1.5 + 1/2 where the stream stops

@@ -79,12 +79,12 @@ def test_learning_while_environments_move_changes_nothing(env_id, way, in_tmp, m
 def test_what_is_owed_is_learned_between_the_halves_of_a_step_where_it_has_halves(settings, expected, monkeypatch):
     args = Args(**settings, tuned=False, num_envs=2, buffer_size=10, frame_stack=1)
     envs, calls, held = make_envs(args, 2), [], []
-    replay = Learner(args, envs, torch.device("cpu")).replay
+    replay = Learner(args, envs, dqn.Ranks()).replay
     for name in {"send", "recv", "step_async", "step_wait", "step"}:
         if method := getattr(envs, name, None):
             monkeypatch.setattr(envs, name, lambda *given, name=name, method=method: (
                 calls.append(name), method(*given))[1])
-    rollout = Rollout(args, envs, replay)
+    rollout = Rollout(args, envs, replay, dqn.Ranks())
     rollout.reset()
     for passes in range(1, 4):
         rollout.step(np.zeros(2, np.int64), meanwhile=lambda: (calls.append("learn"), held.append(replay.filled)))
@@ -99,8 +99,8 @@ def test_what_is_owed_is_learned_between_the_halves_of_a_step_where_it_has_halve
 def test_a_lost_life_ends_the_future_but_neither_stacks_nor_the_game(episodic, ends, clip):
     args = Args(env_id="environments:ALE/Lives-v0", tuned=False, num_envs=2, buffer_size=78, frame_stack=2, n_step=3,
                 gamma=0.5, episodic_life=episodic, clip_rewards=clip)
-    replay = Learner(args, envs := make_envs(args, 2), torch.device("cpu")).replay
-    rollout = Rollout(args, envs, replay)
+    replay = Learner(args, envs := make_envs(args, 2), dqn.Ranks()).replay
+    rollout = Rollout(args, envs, replay, dqn.Ranks())
     rollout.reset()
     assert rollout.lives.tolist() == [3, 3]
     finished = [rollout.step(np.zeros(2, np.int64), lambda: None) for _ in range(5 * 13)]
@@ -127,8 +127,8 @@ def test_a_life_lost_in_breakout_ends_the_future_but_no_game():
     args = Args(env_id="ALE/Breakout-v5", tuned=False, num_envs=2, buffer_size=1000, hidden_sizes=(4,), frame_stack=2,
                 episodic_life=True)
     envs, again, rng = make_envs(args, 2), make_envs(args, 2), np.random.default_rng(0)
-    replay = Learner(args, envs, torch.device("cpu")).replay
-    rollout = Rollout(args, envs, replay)
+    replay = Learner(args, envs, dqn.Ranks()).replay
+    rollout = Rollout(args, envs, replay, dqn.Ranks())
     rollout.reset()
     lives = again.reset(seed=derive_seed(args.seed, dqn.TRAIN_ENVS, 0))[1]["lives"]
     lost, over, games, finished, returns, lengths = [], [], [], [], np.zeros(2), np.zeros(2)

@@ -70,9 +70,9 @@ def main(options: Options) -> None:
     # CleanRL's settings
     args = dqn.Args(tuned=False, learning_rate=2.5e-4, buffer_size=10_000, double_q=False, layer_norm=False)
     envs = dqn.make_envs(args, 1)
-    eager, compiled = (dqn.Learner(args, envs, torch.device("cpu")) for _ in range(2))
+    eager, compiled = (dqn.Learner(args, envs, dqn.Ranks()) for _ in range(2))
     compiled.replay = eager.replay
-    rollout = dqn.Rollout(args, envs, eager.replay)
+    rollout = dqn.Rollout(args, envs, eager.replay, dqn.Ranks())
     rollout.reset()
     while rollout.global_step < args.buffer_size:
         rollout.step(eager.act(eager.replay.newest(), 1.0), meanwhile=lambda: None)

@@ -32,7 +32,7 @@ def main(options: Options) -> None:
                     buffer_size=options.buffer_size)
     sizes = {}
     with contextlib.closing(dqn.make_envs(args, 1)) as envs:
-        replay = dqn.Learner(args, envs, torch.device("cpu")).replay
+        replay = dqn.Learner(args, envs, dqn.Ranks()).replay
         sizes["dqn.py"] = held(replay) - replay.host.nbytes  # the same memory as its frames
     for name, optimize in (("Stable-Baselines3", False), ("Stable-Baselines3, optimize_memory_usage", True)):
         model = make_model(dataclasses.replace(options, optimize_memory=optimize))

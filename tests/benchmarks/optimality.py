@@ -210,7 +210,7 @@ def q_table(learner: dqn.Learner) -> np.ndarray:
 def first_table(run: Run) -> np.ndarray:
     """What the network of a run says before it has learned anything, (S, A)."""
     with contextlib.closing(dqn.make_envs(run.args, run.args.num_envs)) as envs:
-        return q_table(dqn.Learner(run.args, envs, torch.device("cpu")))
+        return q_table(dqn.Learner(run.args, envs, dqn.Ranks()))
 
 
 def watcher(run: Run) -> Callable[[int, dqn.Learner], dict[str, float]]:
