@@ -79,7 +79,7 @@ JOURNAL_PASSES = 10_000  # steps of each environment that a resumed run may have
 FORMAT = 1  # of checkpoint.pt and model.pt; a file with a higher one comes from a newer dqn.py
 CHECKPOINT, PREVIOUS, MODEL = "checkpoint.pt", "checkpoint.previous.pt", "model.pt"
 AGREE_STEPS = 1_000  # environment steps after which the ranks agree on whether to stop
-PATIENCE = timedelta(minutes=10)  # that a rank waits for another one: longer than an evaluation takes
+PATIENCE = timedelta(minutes=30)  # that a rank waits for another one: longer than an evaluation on rank 0 takes
 NATIVE_FROM = 5  # environments from which Gymnasium's vectorised CartPole outruns SyncVectorEnv (measured)
 
 
@@ -287,10 +287,15 @@ def validate(args: Args) -> None:
         found = importlib.util.find_spec(module)
         if getattr(args, name) and (found is None or found.origin is None):  # without origin: a mere folder
             raise UsageError(f"{flag(args, name)}: {module} is not installed; pip install {module}")
-    ranks = Ranks().size
+    ranks = Ranks(args.cuda)
     for name in ("num_envs", "buffer_size", "batch_size"):
-        if getattr(args, name) % ranks:
-            raise UsageError(f"{flag(args, name)}: must be a multiple of {ranks}, the number of ranks")
+        if getattr(args, name) % ranks.size:
+            raise UsageError(f"{flag(args, name)}: must be a multiple of {ranks.size}, the number of ranks")
+    if ranks.device.type == "cuda" and ranks.here > torch.cuda.device_count():
+        raise UsageError(f"--cuda: {ranks.here} ranks, {torch.cuda.device_count()} GPUs here; start one rank for each, "
+                         "or add --no-cuda")
+    if args.evaluate is not None and ranks.size > 1:
+        raise UsageError(f"{flag(args, 'evaluate')}: needs one process only; start it without torchrun")
     blind = sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
     for wrong, reason in ((args.evaluate is None, "shows a trained network; must come with --evaluate"),
                           (args.capture_video, "cannot go with --capture-video; do one after the other"),
@@ -302,23 +307,25 @@ def validate(args: Args) -> None:
 class Ranks:
     """The processes that torchrun started for this run, each with a share of it; without torchrun, this one alone.
 
-    All of them go through the same calls in the same order. Raises TrainingError where another one has ended.
+    All of them go through the same calls in the same order. Raises TrainingError where another one has ended, or has
+    hung for as long as PATIENCE.
     """
 
     def __init__(self, cuda: bool = False) -> None:
         started = distributed.is_available() and distributed.is_torchelastic_launched()
-        self.rank, self.size, place = (int(os.environ[name]) if started else least
-                                       for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # local: on this machine
+        self.rank, self.size, self.place, self.here = (int(os.environ[name]) if started else alone
+                                                       for name, alone in names.items())
         self.path = (self.rank,) if self.rank else ()  # to derive_seed: each rank has its own streams
-        self.device = torch.device(f"cuda:{place}" if cuda and torch.cuda.is_available() else "cpu")
-        self.seconds = 0.0  # spent on averaging gradients
+        self.device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+        self.spans: list[tuple[Any, Any]] = []  # beginning and end of each averaging that `seconds` lacks
+        self.total = 0.0
 
     def __enter__(self) -> Self:
         if self.size > 1:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            # gloo for what is on the CPU, NCCL on a GPU
-            distributed.init_process_group(store=self.meet(), rank=self.rank, world_size=self.size, timeout=PATIENCE)
+            with self.together():  # by gloo for what is on the CPU, by NCCL on GPUs
+                distributed.init_process_group(store=self.meet(), rank=self.rank, world_size=self.size,
+                                               timeout=PATIENCE)
         return self
 
     def meet(self) -> distributed.Store:
@@ -345,28 +352,60 @@ class Ranks:
         if self.size > 1 and kind is None:
             distributed.destroy_process_group()
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what needs all ranks."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise TrainingError(f"another rank has ended or hangs: {error!s:.200}") from None
+
+    @contextlib.contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Around what may raise UsageError: all ranks raise what one of them met."""
+        own = None
+        try:
+            yield
+        except UsageError as error:
+            own = str(error)
+        for reason in filter(None, self.gather(own)):
+            raise UsageError(reason)
+
     def gather(self, value: Any) -> list[Any]:
         """What each rank gave, the same list on all."""
         values = [value]
         if self.size > 1:
             values = [None] * self.size
-            self.together(distributed.all_gather_object, values, value)
+            with self.together():
+                distributed.all_gather_object(values, value)
         return values
 
     def average(self, values: Tensor) -> None:
         """Replace a vector by its mean over the ranks, with the same bits on all."""
         if self.size > 1:
-            start = time.perf_counter()
-            self.together(distributed.all_reduce, values)
+            start = self.now()
+            with self.together():
+                distributed.all_reduce(values)
             values /= self.size
-            self.seconds += time.perf_counter() - start
+            self.spans.append((start, self.now()))
 
-    def together(self, operation: Callable[..., object], *arguments: Any) -> None:
-        """Do what needs all ranks."""
-        try:
-            operation(*arguments)
-        except RuntimeError as error:
-            raise TrainingError(f"rank {self.rank}: another one has ended or hangs: {error!s:.200}") from None
+    def now(self) -> Any:
+        """A moment: on the clock, or on a GPU in the queue of its work."""
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @property
+    def seconds(self) -> float:
+        """Spent on averaging, with waiting for the others."""
+        for start, end in self.spans:
+            if self.device.type == "cuda":
+                end.synchronize()
+            self.total += end - start if self.device.type == "cpu" else start.elapsed_time(end) / 1000
+        self.spans = []
+        return self.total
 
 
 def derive_seed(seed: int, *path: int) -> int:
@@ -1072,9 +1111,9 @@ def write_file(path: Path, content: dict[str, Any], previous: str = "") -> None:
             os.close(folder)
 
 
-def of_rank(path: Path, rank: int) -> Path:
-    """Where a rank has its part of a checkpoint: checkpoint.pt, checkpoint.rank1.pt, ..."""
-    return path.with_suffix(f".rank{rank}.pt") if rank else path
+def part_of_rank(path: Path, rank: int | str, step: int | str | None) -> Path:
+    """Where another rank than 0 has its part of the checkpoint `path` of that step: checkpoint.80000.rank1.pt."""
+    return path.with_name(f"checkpoint.{step}.rank{rank}.pt")
 
 
 def read_file(path: Path, verify: bool = True) -> dict[str, Any]:
@@ -1137,22 +1176,13 @@ def newest_checkpoint(args: Args) -> str | None:
     """The newest whole checkpoint of a run with these settings under runs/, for --resume auto; None: there is none."""
     folders = Path("runs").glob(f"{run_name(args)}__*/")
     for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True):
-        for name in (CHECKPOINT, PREVIOUS):
+        for path in (folder / CHECKPOINT, folder / PREVIOUS):
             with contextlib.suppress(UsageError):
-                existing_run(dataclasses.replace(args, resume=str(folder / name)))
-                return str(folder / name)
+                content = existing_run(dataclasses.replace(args, resume=str(path)))[2]
+                for rank in range(1, content.get("ranks", 1)):
+                    read_file(part_of_rank(path, rank, content["rollout"]["global_step"]))
+                return str(path)
     return None
-
-
-def part_of_rank(path: Path, rank: int, step: int) -> tuple[Path, dict[str, Any]]:
-    """A rank's part of the checkpoint of `step` in `path`, and where it is; UsageError where that is missing."""
-    for name in (CHECKPOINT, PREVIOUS):
-        part = of_rank(path.with_name(name), rank)
-        with contextlib.suppress(UsageError):
-            content = read_file(part)
-            if content["rollout"]["global_step"] == step:
-                return part, content
-    raise UsageError(f"--resume {path}: rank {rank}'s part of step {step:,} is missing")
 
 
 def lock(run_dir: Path) -> IO[str]:
@@ -1214,10 +1244,12 @@ class Report:
         self.best_step, self.best_return, self.best_network = 0, -math.inf, copy.deepcopy(network)
         self.final_returns: list[float] = []  # of the verdict's greedy episodes
         self.seconds, self.since = 0.0, time.perf_counter()  # spent in training until then
+        self.seconds_before = 0.0  # in other processes, before a resume
         self.log_name, self.log_bytes = "", 0  # TensorBoard's file, and how much of it is this run's
         self.pending = io.BytesIO()  # events not yet in TensorBoard's file
         self.records = RecordWriter(self.pending)
         self.missing: dict[str, str] = {}
+        self.checkpointed: int | None = None  # step of the checkpoint in force
         self.lock: IO[str] | None = None
 
     @property
@@ -1227,7 +1259,10 @@ class Report:
 
     def open(self, run_dir: Path, step: int, new_settings: bool) -> None:
         """Begin to write to `run_dir`, or go on there; ranks other than 0 only write their parts of checkpoints."""
-        self.run_dir = run_dir
+        self.run_dir, self.seconds_before = run_dir, self.seconds
+        if not run_dir.is_dir():
+            raise UsageError(f"{run_dir.absolute()} is not there for rank {self.ranks.rank}; start all nodes in a "
+                             "folder that they share")
         if self.ranks.rank == 0:
             self.open_log(step, new_settings)
         self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit=" steps", unit_scale=True,
@@ -1311,35 +1346,48 @@ class Report:
             self.pending.seek(0)
             self.pending.truncate()
 
-    def save(self, name: str, content: dict[str, Any], previous: str = "") -> None:
-        """Write a file that `read_file` reads, with the settings."""
+    def save(self, name: str, content: dict[str, Any], previous: str = "", path: Path | None = None) -> None:
+        """Write a file that `read_file` reads, with the settings; `path` is for one that has another name."""
         with self.writing(name):
             settings = dataclasses.asdict(self.args)
-            write_file(self.run_dir / name, {"format": FORMAT, "args": settings} | content, previous)
+            write_file(path or self.run_dir / name, {"format": FORMAT, "args": settings} | content, previous)
 
     def checkpoint(self, parts: dict[str, Any]) -> None:
         """Save all that the future of the run depends on; keep the checkpoint before it.
 
-        Each rank writes its part. Rank 0 comes last, so that a new checkpoint.pt means that all parts are there; until
-        then the old one is in force, whose parts are the others' previous ones. Raises TrainingError where the ranks'
+        Each rank writes its part, under a name of its own. Rank 0 comes last, so that a new checkpoint.pt means that
+        all parts are there; then it removes those that no checkpoint needs. Raises TrainingError where the ranks'
         parameters differ.
         """
         self.log_episodes()
         self.flush(durable=True)
         kept = {name: pack(part) for name, part in parts.items() if name != "replay" or self.args.checkpoint_replay}
-        kept["ranks"] = self.ranks.size
-        digests = self.ranks.gather(zlib.crc32(kept["learner"]["parameters"].numpy()))
-        if len(set(digests)) > 1:
-            raise TrainingError(f"ranks differ in their parameters, at step {kept['rollout']['global_step']:,}")
-        part, previous = (of_rank(Path(name), self.ranks.rank).name for name in (CHECKPOINT, PREVIOUS))
+        kept["ranks"], step = self.ranks.size, kept["rollout"]["global_step"]
+        if len(set(self.ranks.gather(zlib.crc32(kept["learner"]["parameters"].numpy())))) > 1:
+            raise TrainingError(f"the ranks' parameters differ at step {step:,}; resume from the last checkpoint")
+        path = self.run_dir / CHECKPOINT
         if self.ranks.rank:
-            self.save(part, kept, previous)
-        failures = self.ranks.gather(self.missing.get(part) if self.ranks.rank else None)
-        with self.writing(CHECKPOINT):
-            for reason in filter(None, failures):
-                raise RuntimeError(reason)
-        if self.ranks.rank == 0 and not any(failures):
+            self.save(CHECKPOINT, kept, path=part_of_rank(path, self.ranks.rank, step))
+        reasons = [reason for reason in self.ranks.gather(self.missing.get(CHECKPOINT))[1:] if reason]
+        if self.ranks.rank:
+            return
+        if reasons:
+            with self.writing(CHECKPOINT):
+                raise RuntimeError(reasons[0])
+        else:
             self.save(CHECKPOINT, kept, PREVIOUS)
+
+        def parts_of(step: int | str | None) -> set[Path]:  # also what a killed rank was writing
+            return set(path.parent.glob(part_of_rank(path, "*", step).with_suffix(".*").name))
+
+        if CHECKPOINT in self.missing:
+            unneeded = parts_of(step)
+        else:
+            unneeded = parts_of("*") - parts_of(self.checkpointed) - parts_of(step)
+            self.checkpointed = step
+        for part in unneeded:
+            with contextlib.suppress(OSError):
+                part.unlink()
 
     def log_episodes(self) -> None:
         """Log the training episodes that have ended on any rank since the last call."""
@@ -1359,6 +1407,8 @@ class Report:
         self.log_episodes()
         total, speed = self.args.total_timesteps, self.lap(step)
         values = {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate, "charts/SPS": int(speed)}
+        if self.ranks.size > 1:
+            values["charts/all_reduce"] = self.ranks.seconds / (self.seconds - self.seconds_before)
         self.scalars(step, values | diagnostics)
         self.flush()
         recent = f"{np.mean(self.recent):.1f}" if self.recent else "-"
@@ -1410,7 +1460,8 @@ class Report:
             more = " --total-timesteps MORE" * bool(self.final_returns)
             more += " --stop-return HIGHER" * (self.best_return >= self.args.stop_return)
             script, own = Path(sys.argv[0]), Path(__file__).name
-            words["go on"] = (f"python {shlex.quote(str(script if script.name == own else own))} "
+            start = "python" if self.ranks.size == 1 else "torchrun [as before]"
+            words["go on"] = (f"{start} {shlex.quote(str(script if script.name == own else own))} "
                               f"--resume {shlex.quote(str(self.run_dir))}{more}")
         say("\n".join(f"{name:14}{text}" for name, text in words.items()))
 
@@ -1445,17 +1496,19 @@ def create_run_dir(args: Args) -> Path:
 
 
 @contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
+def caught_signals(patient: bool = False) -> Iterator[list[int]]:
     """Collect a SIGINT or SIGTERM in a list, so that a run can end in order, and raise what it stands for at the end.
 
-    A second one finds the handlers that were there before.
+    A second one finds the handlers that were there before, unless `patient`: torchrun passes on what reached it, and
+    the process may have had the same signal from elsewhere.
     """
     received: list[int] = []
     with contextlib.ExitStack() as handlers:
 
         def receive(signum: int, frame: Any) -> None:
             received.append(signum)
-            handlers.close()
+            if not patient:
+                handlers.close()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             if threading.current_thread() is threading.main_thread():  # only there does Python set handlers
@@ -1496,74 +1549,91 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
         TrainingError: observations, rewards or the loss stopped being finite, or something could not be written.
         KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the run ended in order before.
     """
-    saved = {}
     if args.evaluate is not None:
         raise UsageError(f"{flag(args, 'evaluate')}: is for play(args), which trains nothing")
-    ranks = Ranks(args.cuda)
-    if args.resume == "auto":
-        args = dataclasses.replace(args, resume=newest_checkpoint(args))
-    if args.resume is not None:
-        args, path, saved = existing_run(args)
-    validate(args)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
+    saved, ranks = {}, Ranks(args.cuda)
     with contextlib.ExitStack() as stack:
-        interrupted = stack.enter_context(caught_signals())
+        interrupted = stack.enter_context(caught_signals(patient=ranks.size > 1))
         stack.enter_context(ranks)
         if ranks.rank:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        envs = stack.enter_context(contextlib.closing(make_envs(args, args.num_envs // ranks.size)))
-        if args.capture_video:
-            with contextlib.closing(gym.make(args.env_id)) as env:
-                if "rgb_array" not in env.metadata.get("render_modes", ()):
-                    raise UsageError(f"{flag(args, 'capture_video')}: {args.env_id} does not render to rgb_array; "
-                                     "leave it out")
-        # One environment an episode, where that does not mean as many processes.
-        count = min(args.eval_episodes, FINAL_EPISODES if args.vectorization != "async" else args.num_envs)
-        eval_envs = stack.enter_context(contextlib.closing(make_envs(args, count if ranks.rank == 0 else 1)))
-        learner = Learner(args, envs, ranks)
-        if learner.parameters.numel() * args.batch_size < 2**24:  # too little work for one core to share it
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(1)
-        replay, report = learner.replay, Report(args, learner.q_network, ranks)
-        rollout = Rollout(args, envs, replay, ranks)
-        if args.compile and replay.frames.device == learner.parameters.device:
-            learner.compile()
-        parts = {"learner": learner, "replay": replay, "rollout": rollout, "report": report}
-        reason = "checkpoints have no replay buffer"
-        if saved and saved.get("ranks", 1) != ranks.size:
-            reason = f"the checkpoint is of {saved.get('ranks', 1)} ranks, now there are {ranks.size}"
-            rollout.global_step = saved["rollout"]["global_step"]
-            saved = {name: part for name, part in saved.items() if name not in ("replay", "rollout")}
-            fresh = {"actions_rng": ACTIONS, "replay_rng": REPLAY}
-            saved["learner"] |= {name: pack(np.random.default_rng(derive_seed(
-                args.seed, purpose, *ranks.path, rollout.global_step))) for name, purpose in fresh.items()}
-        elif saved and ranks.rank:
-            path, saved = part_of_rank(path, ranks.rank, saved["rollout"]["global_step"])
-        try:
-            for name in parts.keys() & saved.keys():
-                unpack(parts[name], saved[name], ranks.device)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"--resume {path}: does not fit {args.env_id} as it is here: {error!r}") from None
-        run_dir = path.parent if saved else create_run_dir(args) if ranks.rank == 0 else None
+        with ranks.agreed():
+            if args.resume == "auto":
+                found = ranks.gather(newest_checkpoint(args) if ranks.rank == 0 else None)[0]
+                args = dataclasses.replace(args, resume=found)
+            if args.resume is not None:
+                args, path, saved = existing_run(args)
+            validate(args)
+            torch.backends.cudnn.deterministic = args.torch_deterministic
+            if ranks.size > 1 and ranks.device.type == "cuda":
+                torch.cuda.set_device(ranks.place)
+            envs = stack.enter_context(contextlib.closing(make_envs(args, args.num_envs // ranks.size)))
+            if args.capture_video:
+                with contextlib.closing(gym.make(args.env_id)) as env:
+                    if "rgb_array" not in env.metadata.get("render_modes", ()):
+                        raise UsageError(f"{flag(args, 'capture_video')}: {args.env_id} does not render to rgb_array; "
+                                         "leave it out")
+            # One environment an episode, where that does not mean as many processes.
+            count = min(args.eval_episodes, FINAL_EPISODES if args.vectorization != "async" else args.num_envs)
+            eval_envs = stack.enter_context(contextlib.closing(make_envs(args, count if ranks.rank == 0 else 1)))
+            learner = Learner(args, envs, ranks)
+            if learner.parameters.numel() * learner.batch_size < 2**24:  # too little work for one core to share it
+                stack.callback(torch.set_num_threads, torch.get_num_threads())
+                torch.set_num_threads(1)
+            replay, report = learner.replay, Report(args, learner.q_network, ranks)
+            rollout = Rollout(args, envs, replay, ranks)
+            if args.compile and replay.frames.device == learner.parameters.device:
+                learner.compile()
+            parts = {"learner": learner, "replay": replay, "rollout": rollout, "report": report}
+            reason = "checkpoints have no replay buffer"
+            if saved:
+                step = report.checkpointed = saved["rollout"]["global_step"]
+                if saved.get("ranks", 1) != ranks.size:
+                    reason = f"the checkpoint is of {saved.get('ranks', 1)} ranks, now there are {ranks.size}"
+                    rollout.global_step = step
+                    saved = {name: part for name, part in saved.items() if name not in ("replay", "rollout")}
+                    for name, purpose in (("actions_rng", ACTIONS), ("replay_rng", REPLAY)):
+                        fresh = np.random.default_rng(derive_seed(args.seed, purpose, *ranks.path, step))
+                        saved["learner"][name] = pack(fresh)
+                elif ranks.rank:
+                    part = part_of_rank(path, ranks.rank, step)
+                    if not part.exists():
+                        raise UsageError(f"--resume {path}: there is no {part.name}; the checkpoint is not whole")
+                    saved = read_file(part)
+            try:
+                for name in parts.keys() & saved.keys():
+                    unpack(parts[name], saved[name], ranks.device)
+            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise UsageError(f"--resume {path}: does not fit {args.env_id} as it is here: {error!r}") from None
+            run_dir = path.parent if saved else create_run_dir(args) if ranks.rank == 0 else None
         run_dir = ranks.gather(run_dir)[0]
-        report.open(run_dir, rollout.global_step, saved.get("args") != dataclasses.asdict(args))
+        with ranks.agreed():
+            report.open(run_dir, rollout.global_step, saved.get("args") != dataclasses.asdict(args))
         stack.callback(report.close)
         say(f"{describe(args)}\nrun folder    {run_dir}")
         begun = "replay" in saved
-        if saved and (begun or ranks.rank == 0):
-            newest = of_rank(run_dir / CHECKPOINT, ranks.rank if begun else 0)
-            path.replace(newest)  # where the one before the newest was named
+        if saved:
+            if ranks.rank == 0:
+                path.replace(run_dir / CHECKPOINT)  # where the one before the newest was named
             say(f"resumed       at step {rollout.global_step:,}")
         saved = None  # its tensors were mapped from disk; let go of the file
 
         def unfinished() -> bool:
             return rollout.global_step < args.total_timesteps and report.best_return < args.stop_return
 
-        if begun and unfinished() and not rollout.come_back(interrupted):
-            if interrupted:
+        def stopping() -> bool:
+            """Whether a rank has received a signal, so that all of them end as it does."""
+            received = max(ranks.gather(interrupted[:1]))
+            interrupted.extend(received)
+            return bool(received)
+
+        if begun and unfinished():
+            exact = all(ranks.gather(rollout.come_back(interrupted)))
+            if stopping():
                 return None
-            say("the environments did not come back to the state they were in: not exact from here on")
-            rollout.reset()
+            if not exact:
+                say("the environments did not come back to the state they were in: not exact from here on")
+                rollout.reset()
         if not begun and unfinished():
             if rollout.global_step:
                 say(f"not exact: {reason}, so the replay buffer is filled anew")
@@ -1577,7 +1647,7 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             global_step = rollout.global_step
             if due(args.eval_frequency, global_step, args.num_envs) and global_step > report.evaluated:
                 stopped = report.evaluate(global_step, learner.q_network, eval_envs, args.eval_episodes,
-                                          interrupted) is None
+                                          interrupted) is None and stopping()
                 continue
             report.final_returns = []  # of a run that had ended
             decay_steps = args.exploration_fraction * args.total_timesteps
@@ -1600,7 +1670,7 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             if due(args.checkpoint_frequency, global_step, args.num_envs) and not at_end:
                 report.checkpoint(parts)
             if due(1 if ranks.size == 1 else AGREE_STEPS, global_step, args.num_envs):
-                stopped = any(ranks.gather(bool(interrupted)))
+                stopped = stopping()
 
         if rollout.global_step >= args.total_timesteps:
             learner.learn(rollout.global_step)
@@ -1610,6 +1680,7 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             if not stopped:
                 final = report.evaluate(rollout.global_step, learner.q_network, eval_envs, FINAL_EPISODES, interrupted)
                 report.final_returns = [] if final is None else final.returns.tolist()
+            stopping()
             if args.checkpoint_frequency:
                 report.checkpoint(parts)
         if args.capture_video and report.final_returns and ranks.rank == 0:
@@ -1728,7 +1799,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parse_args(argv)
         (train if args.evaluate is None else play)(args)
     except (UsageError, TrainingError) as error:
-        print(f"dqn.py: error: {error}", file=sys.stderr)
+        ranks = Ranks()
+        if ranks.place == 0 or isinstance(error, TrainingError):  # of a UsageError all ranks of a machine know
+            print(f"dqn.py: error: {f'rank {ranks.rank}: ' * (ranks.rank > 0)}{error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
