@@ -48,7 +48,7 @@ def have_a_full_disk(path, content, previous=""):
 
 def one_step():
     """Take a gradient step; leave behind this rank's share of the batch and the networks before and after."""
-    args = dqn.Args(tuned=False, num_envs=4, buffer_size=400, batch_size=32, n_step=3, max_grad_norm=0.1)
+    args = dqn.Args(tuned=False, num_envs=4, buffer_size=400, batch_size=32, n_step=3)
     with dqn.Ranks() as ranks:
         envs = dqn.make_envs(args, args.num_envs // ranks.size)
         learner = dqn.Learner(args, envs, ranks)
@@ -60,7 +60,8 @@ def one_step():
         batch = learner.replay.sample(learner.batch_size, copy.deepcopy(learner.replay_rng))
         before = learner.parameters.clone(), learner.target_parameters.clone()
         learner.gradient_step()
-        torch.save({"batch": list(batch), "before": before, "after": learner.parameters}, f"step{RANK}.pt")
+        found = {"batch": list(batch), "before": before, "gradient": learner.gradient, "after": learner.parameters}
+        torch.save(found, f"step{RANK}.pt")
 
 
 FAULTS = {
