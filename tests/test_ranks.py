@@ -246,6 +246,8 @@ def test_another_number_of_ranks_goes_on_with_the_networks_and_says_so(ranks, al
     assert f"not exact: the checkpoint is of 2 ranks, now there are {ranks}, so the replay buffer is filled" in text
     saved = parts(run_dir)
     assert len(saved) == ranks
+    for name in ("actions_rng", "replay_rng"):
+        assert len({str(part["learner"][name]["state"]) for part in saved}) == ranks
     for part in saved:
         assert part["rollout"]["global_step"] == 2400
         assert part["learner"]["optimizer"]["steps"] == 200  # 100 of them before; the next after 200 more steps
