@@ -78,8 +78,7 @@ VIDEO_EPISODES = 3
 JOURNAL_PASSES = 10_000  # steps of each environment that a resumed run may have to repeat; tenfold for long episodes
 FORMAT = 1  # of checkpoint.pt and model.pt; a file with a higher one comes from a newer dqn.py
 CHECKPOINT, PREVIOUS, MODEL = "checkpoint.pt", "checkpoint.previous.pt", "model.pt"
-AGREE_STEPS = 1_000  # environment steps after which the ranks agree on whether to stop
-PATIENCE = timedelta(minutes=30)  # that a rank waits for another one: longer than an evaluation on rank 0 takes
+PATIENCE = timedelta(minutes=30)  # that a rank waits for another one: longer than a round of an evaluation takes
 NATIVE_FROM = 5  # environments from which Gymnasium's vectorised CartPole outruns SyncVectorEnv (measured)
 
 
@@ -210,7 +209,7 @@ TUNED: dict[str, dict[str, Any]] = {
     ),
     "MountainCar-v0": dict(
         total_timesteps=120_000, num_envs=8, buffer_size=120_000, learning_starts=1_000, train_frequency=4, n_step=5,
-        double_q=False, target_network_frequency=4, tau=0.03, loss="huber", exploration_fraction=0.1, end_e=0.0,
+        target_network_frequency=4, tau=0.03, loss="huber", exploration_fraction=0.1, end_e=0.0,
         eval_frequency=20_000,
     ),
     "LunarLander-v3": dict(
@@ -288,14 +287,14 @@ def validate(args: Args) -> None:
         if getattr(args, name) and (found is None or found.origin is None):  # without origin: a mere folder
             raise UsageError(f"{flag(args, name)}: {module} is not installed; pip install {module}")
     ranks = Ranks(args.cuda)
+    if args.evaluate is not None and ranks.size > 1:
+        raise UsageError(f"{flag(args, 'evaluate')}: needs one process only; start it without torchrun")
     for name in ("num_envs", "buffer_size", "batch_size"):
         if getattr(args, name) % ranks.size:
             raise UsageError(f"{flag(args, name)}: must be a multiple of {ranks.size}, the number of ranks")
     if ranks.device.type == "cuda" and ranks.here > torch.cuda.device_count():
         raise UsageError(f"--cuda: {ranks.here} ranks, {torch.cuda.device_count()} GPUs here; start one rank for each, "
                          "or add --no-cuda")
-    if args.evaluate is not None and ranks.size > 1:
-        raise UsageError(f"{flag(args, 'evaluate')}: needs one process only; start it without torchrun")
     blind = sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}
     for wrong, reason in ((args.evaluate is None, "shows a trained network; must come with --evaluate"),
                           (args.capture_video, "cannot go with --capture-video; do one after the other"),
@@ -320,6 +319,7 @@ class Ranks:
         self.device = torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
         self.spans: list[tuple[Any, Any]] = []  # beginning and end of each averaging that `seconds` lacks
         self.total = 0.0
+        self.asked, self.asked_step, self.next_step = time.perf_counter(), math.inf, 0.0  # of `stopping`
 
     def __enter__(self) -> Self:
         if self.size > 1:
@@ -328,7 +328,7 @@ class Ranks:
                                                timeout=PATIENCE)
         return self
 
-    def meet(self) -> distributed.Store:
+    def meet(self) -> "distributed.Store":
         """A store of these processes only: torchrun's own outlives those that it starts again, with all they wrote.
 
         A rank gives itself a name that was never used and waits to be welcomed under it; rank 0 welcomes whoever is
@@ -340,11 +340,13 @@ class Ranks:
             group = store.get(f"welcome/{name}").decode()
             store.set(f"joined/{group}/{self.rank}", name)
             return distributed.PrefixStore(group, store)
-        others = set(range(1, self.size))
+        others, deadline = set(range(1, self.size)), time.monotonic() + PATIENCE.total_seconds()
         while others := {rank for rank in others if not store.check([f"joined/{name}/{rank}"])}:
             for rank in others:
                 if store.check([f"here/{rank}"]):
                     store.set(f"welcome/{store.get(f'here/{rank}').decode()}", name)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"ranks {others} did not come")
             time.sleep(0.01)
         return distributed.PrefixStore(name, store)
 
@@ -379,6 +381,24 @@ class Ranks:
             with self.together():
                 distributed.all_gather_object(values, value)
         return values
+
+    def stopping(self, received: list[int], step: int | None = None) -> bool:
+        """Whether one of the ranks has received a signal; then all of them have.
+
+        With `step`, how far training is, they ask each other about once a second: in the same step, since all know how
+        long the slowest took for the last ones.
+        """
+        if self.size == 1:
+            return bool(received)
+        if step is not None and step < self.next_step:
+            return False
+        now = time.perf_counter()
+        signals, seconds = zip(*self.gather((received[:1], now - self.asked)), strict=True)
+        received += max(signals)
+        if step is not None:
+            self.next_step = step + max((step - self.asked_step) / max(seconds), 0)
+            self.asked, self.asked_step = now, step
+        return bool(max(signals))
 
     def average(self, values: Tensor) -> None:
         """Replace a vector by its mean over the ranks, with the same bits on all."""
@@ -1016,7 +1036,8 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(q_network: nn.Module, envs: gym.vector.VectorEnv, episodes: int, seed: int, gamma: float = 1.0,
-             max_steps: int = 10_000, interrupted: Sequence[int] = ()) -> Evaluation | None:
+             max_steps: int = 10_000, interrupted: Sequence[int] = (),
+             before_round: Callable[[], object] = lambda: None) -> Evaluation | None:
     """Play greedy episodes, cut after `max_steps`; None if `interrupted` fills up meanwhile.
 
     They are played in rounds of one episode for each environment: to take whichever episodes end first would favour
@@ -1024,6 +1045,7 @@ def evaluate(q_network: nn.Module, envs: gym.vector.VectorEnv, episodes: int, se
     """
     device, rounds = next(q_network.parameters()).device, []
     for played in range(0, episodes, envs.num_envs):
+        before_round()
         running = np.arange(envs.num_envs) < episodes - played
         wanted = running.copy()
         returns, discounted, lengths = np.zeros((3, envs.num_envs))
@@ -1111,9 +1133,17 @@ def write_file(path: Path, content: dict[str, Any], previous: str = "") -> None:
             os.close(folder)
 
 
-def part_of_rank(path: Path, rank: int | str, step: int | str | None) -> Path:
-    """Where another rank than 0 has its part of the checkpoint `path` of that step: checkpoint.80000.rank1.pt."""
-    return path.with_name(f"checkpoint.{step}.rank{rank}.pt")
+def part_of_rank(path: Path, rank: int, number: int) -> Path:
+    """Where another rank than 0 has its part of the checkpoint `path` of that number: checkpoint.8.rank1.pt."""
+    return path.with_name(f"checkpoint.{number}.rank{rank}.pt")
+
+
+def read_checkpoint(path: Path, verify: bool = True) -> dict[str, Any]:
+    """What rank 0 saved, like `read_file`; UsageError also where another rank's part is missing or damaged."""
+    content = read_file(path, verify)
+    for rank in range(1, content.get("ranks", 1)):
+        read_file(part_of_rank(path, rank, content["number"]), verify)
+    return content
 
 
 def read_file(path: Path, verify: bool = True) -> dict[str, Any]:
@@ -1149,14 +1179,14 @@ def existing_run(args: Args, verify: bool = True) -> tuple[Args, Path, dict[str,
     if path.is_dir():
         path /= CHECKPOINT if purpose == "resume" or args.which == "last" else MODEL
     try:
-        content = read_file(path, verify)
+        content = (read_checkpoint if purpose == "resume" else read_file)(path, verify)
         if purpose == "resume" and (path.name not in (CHECKPOINT, PREVIOUS) or "rollout" not in content):
             raise UsageError(f"{path} is no checkpoint; name a run folder")
     except UsageError as error:
         advice, older = "", path.with_name(PREVIOUS)
         if path.name == CHECKPOINT:
             with contextlib.suppress(UsageError, KeyError):
-                step = read_file(older)["rollout"]["global_step"]
+                step = read_checkpoint(older)["rollout"]["global_step"]
                 advice = f"; the one before it, of step {step:,}, is whole: --{purpose} {older}"
         raise UsageError(f"{named}: {error}{advice}") from None
     saved = content["args"] | ({"capture_video": False} if args.evaluate is not None else {})
@@ -1177,11 +1207,12 @@ def newest_checkpoint(args: Args) -> str | None:
     folders = Path("runs").glob(f"{run_name(args)}__*/")
     for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True):
         for path in (folder / CHECKPOINT, folder / PREVIOUS):
-            with contextlib.suppress(UsageError):
-                content = existing_run(dataclasses.replace(args, resume=str(path)))[2]
-                for rank in range(1, content.get("ranks", 1)):
-                    read_file(part_of_rank(path, rank, content["rollout"]["global_step"]))
+            try:
+                existing_run(dataclasses.replace(args, resume=str(path)))
                 return str(path)
+            except UsageError as error:
+                if path.exists():
+                    say(f"not resumed   {error}")
     return None
 
 
@@ -1249,7 +1280,7 @@ class Report:
         self.pending = io.BytesIO()  # events not yet in TensorBoard's file
         self.records = RecordWriter(self.pending)
         self.missing: dict[str, str] = {}
-        self.checkpointed: int | None = None  # step of the checkpoint in force
+        self.checkpoints = 0  # number of the one in force, counted from the run's beginning
         self.lock: IO[str] | None = None
 
     @property
@@ -1362,32 +1393,28 @@ class Report:
         self.log_episodes()
         self.flush(durable=True)
         kept = {name: pack(part) for name, part in parts.items() if name != "replay" or self.args.checkpoint_replay}
-        kept["ranks"], step = self.ranks.size, kept["rollout"]["global_step"]
+        number, path = self.checkpoints + 1, self.run_dir / CHECKPOINT
+        kept |= {"ranks": self.ranks.size, "number": number}
         if len(set(self.ranks.gather(zlib.crc32(kept["learner"]["parameters"].numpy())))) > 1:
+            step = kept["rollout"]["global_step"]
             raise TrainingError(f"the ranks' parameters differ at step {step:,}; resume from the last checkpoint")
-        path = self.run_dir / CHECKPOINT
         if self.ranks.rank:
-            self.save(CHECKPOINT, kept, path=part_of_rank(path, self.ranks.rank, step))
+            del kept["report"]  # rank 0's counts
+            self.save(CHECKPOINT, kept, path=part_of_rank(path, self.ranks.rank, number))
         reasons = [reason for reason in self.ranks.gather(self.missing.get(CHECKPOINT))[1:] if reason]
-        if self.ranks.rank:
-            return
-        if reasons:
+        if self.ranks.rank == 0 and reasons:
             with self.writing(CHECKPOINT):
                 raise RuntimeError(reasons[0])
-        else:
+        elif self.ranks.rank == 0:
             self.save(CHECKPOINT, kept, PREVIOUS)
-
-        def parts_of(step: int | str | None) -> set[Path]:  # also what a killed rank was writing
-            return set(path.parent.glob(part_of_rank(path, "*", step).with_suffix(".*").name))
-
-        if CHECKPOINT in self.missing:
-            unneeded = parts_of(step)
-        else:
-            unneeded = parts_of("*") - parts_of(self.checkpointed) - parts_of(step)
-            self.checkpointed = step
-        for part in unneeded:
-            with contextlib.suppress(OSError):
-                part.unlink()
+        written = self.ranks.gather(CHECKPOINT not in self.missing)[0]
+        self.checkpoints += written
+        if self.ranks.rank == 0:
+            kept_numbers = {str(self.checkpoints), str(self.checkpoints - 1)}
+            for part in path.parent.glob("checkpoint.*.rank*"):  # also what a killed rank was writing
+                if part.name.split(".")[1] not in kept_numbers:
+                    with contextlib.suppress(OSError):
+                        part.unlink()
 
     def log_episodes(self) -> None:
         """Log the training episodes that have ended on any rank since the last call."""
@@ -1420,16 +1447,20 @@ class Report:
             left = max(total - step, 0) / speed
             say(f"step {step:,} of {total:,}: {status}, {speed:,.0f} steps/s, {left:,.0f} s left")
 
-    def evaluate(self, step: int, network: QNetwork, envs: gym.vector.VectorEnv, episodes: int,
+    def evaluate(self, step: int, network: QNetwork, envs: gym.vector.VectorEnv | None, episodes: int,
                  interrupted: Sequence[int]) -> Evaluation | None:
         """Evaluate on rank 0, log, and keep the network if none was better; None if interrupted."""
         # Other episodes each time, so that the verdict does not replay those that a run was stopped for.
         seed = derive_seed(self.args.seed, EVAL_ENVS, len(self.evaluations))
+        self.log_episodes()
         self.lap(step)
-        result = None
         if self.ranks.rank == 0:
-            result = evaluate(network, envs, episodes, seed, self.args.gamma, self.args.eval_max_steps, interrupted)
-        result = self.ranks.gather(result)[0]
+            result = evaluate(network, envs, episodes, seed, self.args.gamma, self.args.eval_max_steps, interrupted,
+                              before_round=lambda: self.ranks.gather("plays"))  # so that the others know
+            self.ranks.gather(result)
+        else:
+            while (result := self.ranks.gather(None)[0]) == "plays":
+                pass
         if result is not None:
             check_finite(step, evaluation=result.returns)
             mean, length, q_bias = (float(values.mean()) for values in result)
@@ -1562,7 +1593,7 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
                 found = ranks.gather(newest_checkpoint(args) if ranks.rank == 0 else None)[0]
                 args = dataclasses.replace(args, resume=found)
             if args.resume is not None:
-                args, path, saved = existing_run(args)
+                args, path, saved = existing_run(args, verify=ranks.rank == 0)
             validate(args)
             torch.backends.cudnn.deterministic = args.torch_deterministic
             if ranks.size > 1 and ranks.device.type == "cuda":
@@ -1573,9 +1604,10 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
                     if "rgb_array" not in env.metadata.get("render_modes", ()):
                         raise UsageError(f"{flag(args, 'capture_video')}: {args.env_id} does not render to rgb_array; "
                                          "leave it out")
-            # One environment an episode, where that does not mean as many processes.
-            count = min(args.eval_episodes, FINAL_EPISODES if args.vectorization != "async" else args.num_envs)
-            eval_envs = stack.enter_context(contextlib.closing(make_envs(args, count if ranks.rank == 0 else 1)))
+            eval_envs = None
+            if ranks.rank == 0:  # one environment an episode, where that does not mean as many processes
+                count = min(args.eval_episodes, FINAL_EPISODES if args.vectorization != "async" else args.num_envs)
+                eval_envs = stack.enter_context(contextlib.closing(make_envs(args, count)))
             learner = Learner(args, envs, ranks)
             if learner.parameters.numel() * learner.batch_size < 2**24:  # too little work for one core to share it
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -1587,30 +1619,29 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             parts = {"learner": learner, "replay": replay, "rollout": rollout, "report": report}
             reason = "checkpoints have no replay buffer"
             if saved:
-                step = report.checkpointed = saved["rollout"]["global_step"]
+                report.checkpoints = saved.get("number", 0)
                 if saved.get("ranks", 1) != ranks.size:
                     reason = f"the checkpoint is of {saved.get('ranks', 1)} ranks, now there are {ranks.size}"
-                    rollout.global_step = step
+                    step = rollout.global_step = saved["rollout"]["global_step"]
                     saved = {name: part for name, part in saved.items() if name not in ("replay", "rollout")}
                     for name, purpose in (("actions_rng", ACTIONS), ("replay_rng", REPLAY)):
                         fresh = np.random.default_rng(derive_seed(args.seed, purpose, *ranks.path, step))
                         saved["learner"][name] = pack(fresh)
                 elif ranks.rank:
-                    part = part_of_rank(path, ranks.rank, step)
-                    if not part.exists():
-                        raise UsageError(f"--resume {path}: there is no {part.name}; the checkpoint is not whole")
-                    saved = read_file(part)
+                    saved = read_file(part_of_rank(path, ranks.rank, report.checkpoints), verify=False) | {
+                        "report": saved["report"]}
             try:
                 for name in parts.keys() & saved.keys():
                     unpack(parts[name], saved[name], ranks.device)
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise UsageError(f"--resume {path}: does not fit {args.env_id} as it is here: {error!r}") from None
+        with ranks.agreed():
             run_dir = path.parent if saved else create_run_dir(args) if ranks.rank == 0 else None
         run_dir = ranks.gather(run_dir)[0]
         with ranks.agreed():
             report.open(run_dir, rollout.global_step, saved.get("args") != dataclasses.asdict(args))
         stack.callback(report.close)
-        say(f"{describe(args)}\nrun folder    {run_dir}")
+        say(f"{describe(args)}{f'{chr(10)}ranks         {ranks.size}' * (ranks.size > 1)}\nrun folder    {run_dir}")
         begun = "replay" in saved
         if saved:
             if ranks.rank == 0:
@@ -1621,33 +1652,27 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
         def unfinished() -> bool:
             return rollout.global_step < args.total_timesteps and report.best_return < args.stop_return
 
-        def stopping() -> bool:
-            """Whether a rank has received a signal, so that all of them end as it does."""
-            received = max(ranks.gather(interrupted[:1]))
-            interrupted.extend(received)
-            return bool(received)
-
         if begun and unfinished():
             exact = all(ranks.gather(rollout.come_back(interrupted)))
-            if stopping():
+            if ranks.stopping(interrupted):
                 return None
             if not exact:
                 say("the environments did not come back to the state they were in: not exact from here on")
                 rollout.reset()
-        if not begun and unfinished():
-            if rollout.global_step:
+        if not begun:
+            if rollout.global_step and unfinished():
                 say(f"not exact: {reason}, so the replay buffer is filled anew")
             learner.learning_starts = rollout.global_step + args.learning_starts
             rollout.reset()
-            if args.checkpoint_frequency:
+            if args.checkpoint_frequency and unfinished():
                 report.checkpoint(parts)
-        report.since, stopped = time.perf_counter(), False
+        report.since, stopped = time.perf_counter(), ranks.stopping(interrupted)
 
         while unfinished() and not stopped:
             global_step = rollout.global_step
             if due(args.eval_frequency, global_step, args.num_envs) and global_step > report.evaluated:
                 stopped = report.evaluate(global_step, learner.q_network, eval_envs, args.eval_episodes,
-                                          interrupted) is None and stopping()
+                                          interrupted) is None and ranks.stopping(interrupted)
                 continue
             report.final_returns = []  # of a run that had ended
             decay_steps = args.exploration_fraction * args.total_timesteps
@@ -1655,6 +1680,8 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             learn = functools.partial(learner.learn, global_step)  # what the steps so far owe
             ended = rollout.step(learner.act(replay.newest(), epsilon), meanwhile=learn)
             report.finished += [(rollout.global_step, *episode) for episode in ended]
+            if ended and ranks.size == 1:
+                report.log_episodes()
             report.bar.update(args.num_envs)
 
             global_step, at_end = rollout.global_step, rollout.global_step >= args.total_timesteps
@@ -1669,21 +1696,21 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
 
             if due(args.checkpoint_frequency, global_step, args.num_envs) and not at_end:
                 report.checkpoint(parts)
-            if due(1 if ranks.size == 1 else AGREE_STEPS, global_step, args.num_envs):
-                stopped = stopping()
+            stopped = ranks.stopping(interrupted, global_step)
 
         if rollout.global_step >= args.total_timesteps:
             learner.learn(rollout.global_step)
         report.bar.close()
+        report.log_episodes()
         report.lap(rollout.global_step)
         if not report.final_returns:
             if not stopped:
                 final = report.evaluate(rollout.global_step, learner.q_network, eval_envs, FINAL_EPISODES, interrupted)
                 report.final_returns = [] if final is None else final.returns.tolist()
-            stopping()
+            ranks.stopping(interrupted)
             if args.checkpoint_frequency:
                 report.checkpoint(parts)
-        if args.capture_video and report.final_returns and ranks.rank == 0:
+        if args.capture_video and not interrupted and report.final_returns and ranks.rank == 0:
             with report.writing("videos"), contextlib.closing(make_envs(args, 1, run_dir / "videos" / "best")) as shown:
                 evaluate(report.best_network, shown, VIDEO_EPISODES, derive_seed(args.seed, VIDEO), args.gamma,
                          args.eval_max_steps, interrupted)

@@ -70,6 +70,7 @@ def outcome(run_dir):
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     for name in ("seconds", "log_name"):
         del checkpoint["report"][name]
+    del checkpoint["number"]  # a stop adds a checkpoint
     log = read_log(run_dir)
     scalars = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
     del scalars["charts/SPS"]

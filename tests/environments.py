@@ -55,7 +55,7 @@ class Walk(gym.Env):
     """A walk of ten steps over any observation space, on actions that do not count from zero.
 
     `fault` names what goes wrong at step 700 of the environment's life, which is in the middle of training; "stuck"
-    takes a minute for step 300.
+    takes a minute for step 300, "slow" a twentieth of a second for each.
     """
 
     action_space = spaces.Discrete(3, start=5)
@@ -77,6 +77,8 @@ class Walk(gym.Env):
         observation, reward = self.observation_space.sample(), float(action == 6)
         if self.life == 300 and self.fault == "stuck":
             time.sleep(60)
+        if self.fault == "slow":
+            time.sleep(0.05)
         if self.life == 700:
             if self.fault == "observation":
                 observation = np.full((2,), np.nan, np.float32)
@@ -198,6 +200,7 @@ gym.register("Endless-v0", entry_point=Walk, kwargs={"limit": -1})
 gym.register("ALE/Lives-v0", entry_point=Lives)  # a name that lets it have the settings of Atari games
 gym.register("Halves-v0", entry_point=lambda: gym.make("CartPole-v1"), vector_entry_point=Halves)
 gym.register("Stuck-v0", entry_point=Walk, kwargs={"fault": "stuck"})
+gym.register("Slow-v0", entry_point=Walk, kwargs={"fault": "slow"})
 gym.register("SameStep-v0", entry_point=Walk, vector_entry_point=SameStep)
 gym.register("Sentence-v0", entry_point=Walk, kwargs={"space": spaces.Sequence(spaces.Discrete(3))})
 gym.register("Unbuilt-v0", entry_point="a_simulator_nobody_has:Env")

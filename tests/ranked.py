@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,8 +14,8 @@ import torch
 
 import dqn
 
-RANK = int(os.environ["RANK"])
-gradient_step, write_file = dqn.Learner.gradient_step, dqn.write_file
+RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+gradient_step, write_file, train = dqn.Learner.gradient_step, dqn.write_file, dqn.train
 
 
 def flip_a_bit(learner):
@@ -32,23 +33,29 @@ def raise_an_error(learner):
 
 
 def die_before_the_last_part(path, content, previous=""):
-    """Rank 0 ends when the other's part of a checkpoint is there and its own is not, once."""
-    if path.name == dqn.CHECKPOINT and content["rollout"]["global_step"] == 800 and not Path("died").exists():
+    """Rank 0 ends when the others' parts of the third checkpoint are there and its own is not, once."""
+    if path.name == dqn.CHECKPOINT and content["number"] == 3 and not Path("died").exists():
         Path("died").touch()
         os._exit(1)
     write_file(path, content, previous)
 
 
 def have_a_full_disk(path, content, previous=""):
-    """Rank 1 cannot write between two steps."""
-    if RANK == 1 and 400 < content["rollout"]["global_step"] < 1200:
+    """The last rank cannot write between two steps."""
+    if RANK == SIZE - 1 and 400 <= content["rollout"]["global_step"] <= 1200:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     write_file(path, content, previous)
 
 
-def one_step():
+def never_meet(args, watch=None):
+    """Rank 1 hangs before it has met the others."""
+    time.sleep(3600 * RANK)
+    train(args, watch)
+
+
+def one_step(max_grad_norm):
     """Take a gradient step; leave behind this rank's share of the batch and the networks before and after."""
-    args = dqn.Args(tuned=False, num_envs=4, buffer_size=400, batch_size=32, n_step=3)
+    args = dqn.Args(tuned=False, num_envs=4, buffer_size=400, batch_size=32, n_step=3, max_grad_norm=max_grad_norm)
     with dqn.Ranks() as ranks:
         envs = dqn.make_envs(args, args.num_envs // ranks.size)
         learner = dqn.Learner(args, envs, ranks)
@@ -67,6 +74,7 @@ def one_step():
 FAULTS = {
     "none": {},
     "impatient": {"PATIENCE": timedelta(seconds=5)},
+    "absent": {"PATIENCE": timedelta(seconds=5), "train": never_meet},
     "flip": {"Learner.gradient_step": flip_a_bit},
     "raise": {"Learner.gradient_step": raise_an_error},
     "die": {"write_file": die_before_the_last_part},
@@ -76,7 +84,7 @@ FAULTS = {
 if __name__ == "__main__":
     fault, *flags = sys.argv[1:]
     if fault == "step":
-        one_step()
+        one_step(*map(float, flags))
     else:
         for name, value in FAULTS[fault].items():
             place, _, attribute = name.rpartition(".")

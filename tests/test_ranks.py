@@ -1,5 +1,6 @@
 """Runs of several processes under torchrun, on CPUs: what they share, what each has of its own, and what ends them."""
 
+import math
 import os
 import random
 import re
@@ -65,7 +66,7 @@ def run_of(folder):
 def parts(run_dir):
     """What each rank saved at the end."""
     first = read_file(run_dir / CHECKPOINT)
-    names = (f"checkpoint.{first['rollout']['global_step']}.rank{rank}.pt" for rank in range(1, first["ranks"]))
+    names = (f"checkpoint.{first['number']}.rank{rank}.pt" for rank in range(1, first["ranks"]))
     return [first, *(read_file(run_dir / name) for name in names)]
 
 
@@ -75,7 +76,7 @@ def result(run_dir):
     del whole["scalars"]["charts/all_reduce"]
     others = parts(run_dir)[1:]
     for part in others:
-        del part["report"]
+        del part["number"]
     return whole | {"others": others}
 
 
@@ -129,8 +130,9 @@ def test_a_seed_and_a_number_of_ranks_repeat_to_the_bit(alone, tmp_path):
     assert differences(result(alone[0]), result(run_of(tmp_path))) == []
 
 
-def test_a_gradient_step_of_two_ranks_is_that_of_one_process_on_both_batches(tmp_path):
-    finish(torchrun(cwd=tmp_path, fault="step"))
+@pytest.mark.parametrize("max_grad_norm", [0, 0.1])
+def test_a_gradient_step_of_two_ranks_is_that_of_one_process_on_both_batches(max_grad_norm, tmp_path):
+    finish(torchrun(max_grad_norm, cwd=tmp_path, fault="step"))
     one, other = (torch.load(tmp_path / f"step{rank}.pt") for rank in range(2))
     assert torch.equal(one["before"][0], other["before"][0])
     assert torch.equal(one["after"], other["after"])
@@ -147,8 +149,8 @@ def test_a_gradient_step_of_two_ranks_is_that_of_one_process_on_both_batches(tmp
         goal = batch.rewards + batch.discounts * target(batch.next_observations)[torch.arange(32), chosen]
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate)
     torch.nn.functional.mse_loss(network(batch.observations)[torch.arange(32), batch.actions], goal).backward()
+    assert torch.nn.utils.clip_grad_norm_(network.parameters(), max_grad_norm or math.inf) > 0.2
     gradient = torch.cat([p.grad.flatten() for p in network.parameters()])
-    assert gradient.norm() > 0.1
     assert torch.allclose(one["gradient"], gradient, rtol=1e-4, atol=1e-6)
     optimizer.step()
     expected = torch.nn.utils.parameters_to_vector(network.parameters())
@@ -208,16 +210,31 @@ def test_a_crash_between_two_parts_leaves_the_last_whole_checkpoint_in_force(alo
     assert differences(result(alone[0]), result(run_of(tmp_path))) == []
 
 
-def test_a_part_that_cannot_be_written_leaves_the_last_whole_checkpoint_in_force(alone, tmp_path):
-    text = finish(torchrun(*SHORT, "--total-timesteps", 1000, cwd=tmp_path, fault="full"), status=1)
+def test_a_crash_between_two_parts_after_the_last_evaluation_is_no_obstacle(tmp_path):
+    """The third checkpoint is the last, of the step of the second: there the evaluation ended the run."""
+    flags = [*SHORT, "--eval-frequency", 400, "--stop-return", 5, "--resume", "auto"]
+    options = ["--standalone", "--max-restarts", 1]
+    text = finish(torchrun(*flags, cwd=tmp_path, fault="die", options=options))
+    assert "resumed       at step 400" in text
+    assert "final return" in text
+
+
+@pytest.mark.parametrize(("flags", "ranks"), [((), 2), (("--no-checkpoint-replay",), 2), ((), 4)])
+def test_a_part_that_cannot_be_written_leaves_the_last_whole_checkpoint_in_force(flags, ranks, tmp_path):
+    """Also where the first checkpoint that fails has the step of the one in force."""
+    finish(torchrun(*SHORT, *flags, "--total-timesteps", 400, cwd=tmp_path))
+    run_dir = run_of(tmp_path)
+    longer = ("--resume", run_dir, "--total-timesteps", 1000)
+    text = finish(torchrun(*longer, cwd=tmp_path, ranks=ranks, fault="full"), status=1)
     assert "NOT WRITTEN: checkpoint.pt" in text
     assert len(re.findall(r"error: .*could not be written: checkpoint.pt \(No space left on device\)", text)) == 2
-    run_dir = run_of(tmp_path)
-    assert [part["rollout"]["global_step"] for part in parts(run_dir)] == [400, 400]
-    assert {path.name for path in run_dir.glob("checkpoint.*")} == {
-        CHECKPOINT, PREVIOUS, "checkpoint.0.rank1.pt", "checkpoint.400.rank1.pt"}
-    finish(torchrun("--resume", run_dir, "--total-timesteps", 1200, cwd=tmp_path))
-    assert parts(run_dir)[1]["rollout"]["global_step"] == 1200
+    saved = parts(run_dir)
+    assert [part["rollout"]["global_step"] for part in saved] == [400, 400]
+    number = saved[0]["number"]
+    names = {CHECKPOINT, PREVIOUS, *(f"checkpoint.{n}.rank1.pt" for n in (number - 1, number))}
+    assert {path.name for path in run_dir.glob("checkpoint.*")} == names
+    finish(torchrun(*longer, cwd=tmp_path))
+    assert [part["rollout"]["global_step"] for part in parts(run_dir)] == [1000, 1000]
 
 
 def test_sigterm_to_torchrun_leaves_a_checkpoint_that_goes_on_to_the_bit(tmp_path):
@@ -232,8 +249,8 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_that_goes_on_to_the_bit(tmp_pat
     text = process.communicate(timeout=40)[0]
     assert "interrupted   so no greedy episodes at the end" in text
     run_dir = run_of(tmp_path / "stopped")
-    assert 2000 < newest_step(tmp_path / "stopped") < 12_000
-    assert re.search(rf"go on +torchrun \[as before\] .*ranked.py --resume runs/{run_dir.name}|dqn.py --resume", text)
+    assert 2000 <= newest_step(tmp_path / "stopped") < 12_000
+    assert f"go on         torchrun [as before] dqn.py --resume runs/{run_dir.name}\n" in text
     assert "not exact" not in finish(torchrun("--resume", run_dir, cwd=tmp_path))
     assert differences(result(run_of(tmp_path / "alone")), result(run_dir)) == []
 
@@ -252,8 +269,9 @@ def test_another_number_of_ranks_goes_on_with_the_networks_and_says_so(ranks, al
         assert part["rollout"]["global_step"] == 2400
         assert part["learner"]["optimizer"]["steps"] == 200  # 100 of them before; the next after 200 more steps
         assert part["replay"]["filled"] == 600 / 4  # each environment's last 150 steps
+    number = saved[0]["number"]
     assert {path.name for path in run_dir.glob("checkpoint.*.rank*")} == {
-        f"checkpoint.{step}.rank{rank}.pt" for rank in range(1, ranks) for step in (2000, 2400)}
+        f"checkpoint.{n}.rank{rank}.pt" for rank in range(1, ranks) for n in (number - 1, number)}
 
 
 def test_ranks_whose_parameters_differ_end_with_a_clear_error(tmp_path):
@@ -263,8 +281,9 @@ def test_ranks_whose_parameters_differ_end_with_a_clear_error(tmp_path):
 
 
 def test_a_rank_that_raises_ends_the_others(tmp_path):
-    text = finish(torchrun(*SHORT, cwd=tmp_path, fault="raise"), status=1, timeout=40)
+    text = finish(torchrun(*SHORT, cwd=tmp_path, fault="raise"), status=1, timeout=25)
     assert "ZeroDivisionError" in text
+    assert "dqn.py: error: another rank has ended or hangs: " in text
 
 
 def test_a_rank_that_hangs_ends_the_others_when_patience_does(tmp_path):
@@ -273,6 +292,32 @@ def test_a_rank_that_hangs_ends_the_others_when_patience_does(tmp_path):
     os.kill(workers(process)[1], signal.SIGSTOP)
     text = finish(process, status=1, timeout=60)  # 5 s, and 30 until torchrun kills what does not end
     assert "dqn.py: error: another rank has ended or hangs: " in text
+
+
+def test_a_rank_that_never_comes_ends_the_others_when_patience_does(tmp_path):
+    text = finish(torchrun(*SHORT, cwd=tmp_path, fault="absent"), status=1, timeout=25)
+    assert "dqn.py: error: another rank has ended or hangs: ranks {1} did not come" in text
+
+
+def test_an_evaluation_may_take_longer_than_patience(tmp_path):
+    """Each of 20 rounds, of 5 episodes of 2 steps, takes half a second."""
+    flags = [*SHORT, "--env-id", "environments:Slow-v0", "--eval-frequency", 0, "--total-timesteps", 240,
+             "--eval-episodes", 5, "--eval-max-steps", 2]
+    text = finish(torchrun(*flags, cwd=tmp_path, fault="impatient"))
+    assert "over 100 greedy episodes" in text
+
+
+def test_sigterm_is_answered_within_seconds_however_slow_the_environment_is(tmp_path):
+    """A thousand steps would take 25 s here."""
+    flags = [*SHORT, "--env-id", "environments:Slow-v0", "--eval-frequency", 0, "--eval-max-steps", 1]
+    process = torchrun(*flags, "--checkpoint-frequency", 10**6, cwd=tmp_path)
+    until(lambda: list(tmp_path.glob(f"runs/*/{CHECKPOINT}")), process)
+    time.sleep(4)
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    process.communicate(timeout=40)
+    assert time.monotonic() - start < 8
+    assert newest_step(tmp_path) > 0
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -366,14 +411,16 @@ def test_resume_auto_takes_the_checkpoint_before_a_damaged_one(in_tmp, capsys):
     assert "resumed       at step 200" in capsys.readouterr().out
 
 
-def test_resume_auto_takes_the_checkpoint_before_one_that_lacks_a_part(alone, in_tmp, monkeypatch):
+def test_resume_auto_takes_the_checkpoint_before_one_that_lacks_a_part(alone, in_tmp, capsys):
     run_dir = Path(shutil.copytree(alone[0], in_tmp / "runs" / alone[0].name))
     settings = read_file(run_dir / CHECKPOINT)["args"] | {"resume": "auto"}
     assert dqn.newest_checkpoint(Args(**settings)) == f"runs/{run_dir.name}/{CHECKPOINT}"
-    (run_dir / "checkpoint.1200.rank1.pt").unlink()
+    number = read_file(run_dir / CHECKPOINT)["number"]
+    (run_dir / f"checkpoint.{number}.rank1.pt").unlink()
     assert dqn.newest_checkpoint(Args(**settings)) == f"runs/{run_dir.name}/{PREVIOUS}"
-    (run_dir / "checkpoint.800.rank1.pt").write_bytes(b"")
+    (run_dir / f"checkpoint.{number - 1}.rank1.pt").write_bytes(b"")
     assert dqn.newest_checkpoint(Args(**settings)) is None
+    assert f"not resumed   --resume runs/{run_dir.name}/{CHECKPOINT}: there is no " in capsys.readouterr().out
 
 
 def test_resume_auto_begins_a_run_where_there_is_none(in_tmp):
@@ -381,10 +428,13 @@ def test_resume_auto_begins_a_run_where_there_is_none(in_tmp):
     assert run.global_step == 300
 
 
-def test_a_missing_part_is_named(alone, tmp_path):
-    run_dir = shutil.copytree(alone[0], tmp_path / alone[0].name)
-    (run_dir / "checkpoint.1200.rank1.pt").unlink()
+def test_a_missing_part_is_named_with_the_checkpoint_that_is_whole(alone, tmp_path):
+    run_dir = Path(shutil.copytree(alone[0], tmp_path / alone[0].name))
+    part = run_dir / f"checkpoint.{read_file(run_dir / CHECKPOINT)['number']}.rank1.pt"
+    part.unlink()
     text = finish(torchrun("--resume", run_dir, "--total-timesteps", 2400, cwd=tmp_path), status=1)
     assert text.count("dqn.py: error: ") == 1
-    message = f"--resume {run_dir / CHECKPOINT}: there is no checkpoint.1200.rank1.pt; the checkpoint is not whole"
-    assert f"dqn.py: error: {message}" in text
+    advice = f"the one before it, of step 800, is whole: --resume {run_dir / PREVIOUS}"
+    assert f"dqn.py: error: --resume {run_dir}: there is no {part}; {advice}\n" in text
+    finish(torchrun("--resume", run_dir / PREVIOUS, cwd=tmp_path))
+    assert differences(result(alone[0]), result(run_dir)) == []
