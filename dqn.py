@@ -208,8 +208,8 @@ TUNED: dict[str, dict[str, Any]] = {
         eval_frequency=20_000,
     ),
     "MountainCar-v0": dict(
-        total_timesteps=120_000, num_envs=8, buffer_size=120_000, learning_starts=1_000, train_frequency=4, n_step=5,
-        target_network_frequency=4, tau=0.03, loss="huber", exploration_fraction=0.1, end_e=0.0,
+        total_timesteps=120_000, num_envs=8, buffer_size=120_000, learning_starts=1_000, train_frequency=4, n_step=3,
+        double_q=False, target_network_frequency=4, tau=0.03, loss="huber", exploration_fraction=0.1, end_e=0.0,
         eval_frequency=20_000,
     ),
     "LunarLander-v3": dict(

@@ -250,7 +250,7 @@ def test_the_model_file_rebuilds_the_best_network(in_tmp):
 
 def test_what_is_kept_is_the_best_network_and_not_what_came_of_it(in_tmp, monkeypatch):
     returns, reports = iter([10.0, 7.0, 5.0]), []
-    monkeypatch.setattr(dqn, "evaluate", lambda *rest: dqn.Evaluation(*np.full((3, 2), next(returns))))
+    monkeypatch.setattr(dqn, "evaluate", lambda *rest, **settings: dqn.Evaluation(*np.full((3, 2), next(returns))))
     close = dqn.Report.close
     monkeypatch.setattr(dqn.Report, "close", lambda self: (reports.append(self), close(self))[1])
     result = train(Args(**SHORT))
@@ -268,8 +268,8 @@ def test_no_save_model_writes_none(in_tmp):
 def test_the_run_ends_once_a_greedy_evaluation_reaches_the_stop_return(in_tmp, monkeypatch):
     seeds = []
     evaluate = dqn.evaluate
-    monkeypatch.setattr(dqn, "evaluate", lambda network, envs, episodes, seed, *rest: (
-        seeds.append(seed), evaluate(network, envs, episodes, seed, *rest))[1])
+    monkeypatch.setattr(dqn, "evaluate", lambda network, envs, episodes, seed, *rest, **settings: (
+        seeds.append(seed), evaluate(network, envs, episodes, seed, *rest, **settings))[1])
     assert train(Args(**SHORT, stop_return=5.0)).global_step == 500
     assert len(set(seeds)) == 2, "the verdict plays other episodes than the evaluation that ended the run"
 
