@@ -40,7 +40,7 @@ RUNS = ("--no-tuned --no-cuda --num-envs 8 --learning-starts 1000 --eval-frequen
 # Bytes a second in one direction, and seconds that a message takes besides: the first is the line rate; the second is
 # assumed, for TCP through a switch and for NCCL within a machine.
 LINKS = {"25 Gbit/s Ethernet": (25e9 / 8, 30e-6), "NVLink 4, 450 GB/s": (450e9, 5e-6)}
-SHARE = 0.1
+SHARE, MOST = 0.1, 1024
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 
@@ -114,9 +114,9 @@ def all_reduce_time(size: int, ranks: int, rate: float, delay: float) -> float:
 
 
 def most_ranks(size: int, compute: float, rate: float, delay: float) -> int:
-    """The largest power of two of ranks with which the all-reduce takes at most SHARE of a gradient step."""
+    """The largest power of two of ranks, up to MOST, with which the all-reduce takes at most SHARE of a step."""
     ranks = 1
-    while ranks < 2**20 and all_reduce_time(size, 2 * ranks, rate, delay) <= SHARE / (1 - SHARE) * compute:
+    while ranks < MOST and all_reduce_time(size, 2 * ranks, rate, delay) <= SHARE / (1 - SHARE) * compute:
         ranks *= 2
     return ranks
 
@@ -153,7 +153,7 @@ def main(options: Options) -> None:
         for batch_size in options.batches:
             compute = gradient_time(case, batch_size, options.chunks)
             limits = (most_ranks(size, compute, *link) for link in LINKS.values())
-            cells = " | ".join("none" if most == 1 else f"{most:,}" if most < 2**20 else "any" for most in limits)
+            cells = " | ".join("none" if most == 1 else f"{most:,}" if most < MOST else f"{MOST:,}+" for most in limits)
             print(f"| {case} | {batch_size} | {compute * 1e3:,.2f} ms | {cells} |", flush=True)
 
 
