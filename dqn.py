@@ -217,7 +217,7 @@ TUNED: dict[str, dict[str, Any]] = {
         hidden_sizes=(256, 256), exploration_fraction=0.15, end_e=0.01, eval_frequency=20_000,
     ),
     "ALE/": dict(
-        total_timesteps=10_000_000, num_envs=16, frame_stack=4, clip_rewards=True, hidden_sizes=(512,),
+        total_timesteps=10_000_000, num_envs=32, frame_stack=4, clip_rewards=True, hidden_sizes=(512,),
         layer_norm=False, learning_rate=1e-4, anneal_lr=False, buffer_size=1_000_000, learning_starts=50_000,
         train_frequency=16, target_network_frequency=8_000, n_step=3, loss="huber", max_grad_norm=10.0,
         exploration_fraction=0.1, end_e=0.01, eval_frequency=250_000, eval_episodes=16, eval_max_steps=27_000,
@@ -630,7 +630,7 @@ def available_memory() -> float:
     with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
         group = Path("/sys/fs/cgroup")
         limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(limits)
+    return min(limits) / Ranks().here  # which share it
 
 
 class ReplayBuffer:

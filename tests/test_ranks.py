@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -381,6 +382,18 @@ def test_without_torchrun_there_is_one_rank_and_no_process_group(monkeypatch):
         assert vector.tolist() == [0, 1, 2]
         assert ranks.gather("value") == ["value"]
         assert ranks.seconds == 0
+
+
+def test_the_ranks_of_a_machine_share_its_memory(monkeypatch):
+    alone = dqn.available_memory()
+    monkeypatch.setattr(dqn, "Ranks", lambda: SimpleNamespace(here=4))
+    assert dqn.available_memory() == pytest.approx(alone / 4, rel=0.2)
+
+
+def test_tuned_settings_of_atari_games_suit_32_ranks():
+    """As the README starts them, on four machines of eight GPUs."""
+    args = Args(env_id="ALE/Pong-v5")
+    assert [getattr(args, name) % 32 for name in ("num_envs", "buffer_size", "batch_size")] == [0, 0, 0]
 
 
 def finished_run(**settings):

@@ -268,7 +268,7 @@ def test_an_atari_transition_takes_7100_bytes_at_most():
 
 def test_a_million_atari_transitions_need_between_6_and_7_2_gigabytes(monkeypatch):
     args = Args(env_id="ALE/Pong-v5")
-    assert (args.buffer_size, args.frame_stack, args.num_envs) == (1_000_000, 4, 16)
+    assert (args.buffer_size, args.frame_stack, args.num_envs) == (1_000_000, 4, 32)
     space, shapes = make_envs(args, 1).single_observation_space, []
 
     def zeros(shape, **settings):
@@ -281,4 +281,4 @@ def test_a_million_atari_transitions_need_between_6_and_7_2_gigabytes(monkeypatc
         monkeypatch.setattr(dqn, "available_memory", lambda memory=memory: memory)
         with pytest.raises(outcome, match=message):
             ReplayBuffer(args.buffer_size, args.num_envs, space, 6, args.n_step, args.gamma, args.frame_stack)
-    assert shapes == [(1_000_065, 84, 84)], "62,500 rows of 16, four for the stack of the oldest, a blank frame"
+    assert shapes == [(1_000_129, 84, 84)], "31,250 rows of 32, four for the stack of the oldest, a blank frame"
