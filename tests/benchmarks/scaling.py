@@ -9,7 +9,6 @@ gradient step has to last for it to be a tenth. The third has the gradient steps
 how many ranks the all-reduce would stay below a tenth of a step.
 """
 
-import math
 import os
 import re
 import subprocess
@@ -35,7 +34,7 @@ CASES = {
     "Pong, convolutions and 512 units": dict(env_id="ALE/Pong-v5", tuned=False, hidden_sizes=(512,), frame_stack=4,
                                              layer_norm=False),
 }
-RUNS = ("--no-tuned --no-cuda --num-envs 8 --learning-starts 1000 --eval-frequency 0 --eval-max-steps 1 "
+RUNS = ("--no-tuned --no-cuda --num-envs 8 --eval-frequency 0 --eval-max-steps 1 "
         "--log-frequency 500 --checkpoint-frequency 0").split()
 # Bytes a second in one direction, and seconds that a message takes besides: the first is the line rate; the second is
 # assumed, for TCP through a switch and for NCCL within a machine.
@@ -49,7 +48,7 @@ class Options:
     """What to measure."""
 
     ranks: tuple[int, ...] = (1, 2, 4)  # world sizes
-    steps: int = 30_000  # environment steps of a run; Pong has a tenth
+    steps: int = 20_000  # environment steps of a run, a twentieth of them before learning starts; Pong has a tenth
     repeats: int = 3  # runs of each kind
     batches: tuple[int, ...] = (32, 128, 512, 2048)  # transitions of each rank in a gradient step
     chunks: int = 7  # times that a gradient step is measured
@@ -67,7 +66,7 @@ def parameters(case: str) -> int:
 def run(case: str, ranks: int, steps: int) -> tuple[float, float, float]:
     """Steps a second, the all-reduce's share of time, and bytes that a rank sends in each gradient step."""
     settings = CASES[case]
-    flags = [*RUNS, "--total-timesteps", steps, "--env-id", settings["env_id"]]
+    flags = [*RUNS, "--total-timesteps", steps, "--learning-starts", steps // 20, "--env-id", settings["env_id"]]
     flags += ["--hidden-sizes", *settings.get("hidden_sizes", (120, 84))]
     flags += ["--frame-stack", settings.get("frame_stack", 1)]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
@@ -81,7 +80,7 @@ def run(case: str, ranks: int, steps: int) -> tuple[float, float, float]:
         share = log.Scalars("charts/all_reduce")[-1].value if ranks > 1 else 0.0
     sent = int(LOOPBACK.read_text()) - sent
     speed = float(re.search(r"at ([\d,]+) steps/s", done.stdout)[1].replace(",", ""))
-    return speed, share, sent / ranks / ((steps - 1000) // 10)
+    return speed, share, sent / ranks / ((steps - steps // 20) // 10)
 
 
 def gradient_time(case: str, batch_size: int, chunks: int) -> float:
@@ -105,12 +104,12 @@ def gradient_time(case: str, batch_size: int, chunks: int) -> float:
 
 
 def all_reduce_time(size: int, ranks: int, rate: float, delay: float) -> float:
-    """Seconds to average `size` bytes: each rank sends 2 (ranks - 1) / ranks of them, in 2 log2(ranks) messages.
+    """Seconds to average `size` bytes in a ring, as gloo does and NCCL may.
 
-    That is recursive halving and doubling (Thakur et al. 2005, "Optimization of collective communication operations in
-    MPICH"); a ring sends as many bytes, in 2 (ranks - 1) messages.
+    Each rank sends 2 (ranks - 1) messages of a `ranks`-th of the bytes (Patarasuk & Yuan 2009, "Bandwidth optimal
+    all-reduce algorithms for clusters of workstations"). Trees need fewer messages.
     """
-    return 2 * (ranks - 1) / ranks * size / rate + 2 * math.ceil(math.log2(ranks)) * delay
+    return 2 * (ranks - 1) * (size / ranks / rate + delay)
 
 
 def most_ranks(size: int, compute: float, rate: float, delay: float) -> int:
@@ -139,10 +138,10 @@ def main(options: Options) -> None:
                   f"{2 * (ranks - 1) / ranks * size:,.0f} |", flush=True)
 
     print(f"\n| computed: an all-reduce takes, and a gradient step must take besides, for a share of {SHARE:.0%} | "
-          "bytes of gradient | 2 ranks | 8 ranks | 64 ranks | 512 ranks |\n|-|-|-|-|-|-|")
+          "bytes of gradient | 2 ranks | 8 ranks | 32 ranks | 128 ranks |\n|-|-|-|-|-|-|")
     for case, size in sizes.items():
         for link, (rate, delay) in LINKS.items():
-            times = [all_reduce_time(size, ranks, rate, delay) * 1e3 for ranks in (2, 8, 64, 512)]
+            times = [all_reduce_time(size, ranks, rate, delay) * 1e3 for ranks in (2, 8, 32, 128)]
             cells = " | ".join(f"{t:.3g} ms, {t * (1 - SHARE) / SHARE:.3g} ms" for t in times)
             print(f"| {case}; {link} | {size:,} | {cells} |")
 
