@@ -364,14 +364,14 @@ class Ranks:
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
-        """Around what may raise UsageError: all ranks raise what one of them met."""
+        """Around what may raise UsageError: where one rank does, all do."""
         own = None
         try:
             yield
         except UsageError as error:
-            own = str(error)
-        for reason in filter(None, self.gather(own)):
-            raise UsageError(reason)
+            own = error
+        for reason in filter(None, self.gather(own and str(own))):
+            raise own or UsageError(reason)
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gave, the same list on all."""
@@ -1202,6 +1202,32 @@ def existing_run(args: Args, verify: bool = True) -> tuple[Args, Path, dict[str,
         raise UsageError(f"{named}: {path} was not written by this dqn.py: {error}") from None
 
 
+def restore(parts: dict[str, Any], path: Path, saved: dict[str, Any], args: Args, ranks: Ranks) -> str:
+    """Put this rank's share of a checkpoint, of which rank 0's is in `saved`, into the parts of a run.
+
+    Returns why replay and environments must begin anew, "" where they need not. Raises UsageError where it does not
+    fit the environment.
+    """
+    number, size, step = saved.get("number", 0), saved.get("ranks", 1), saved["rollout"]["global_step"]
+    names, lost = set(parts), "" if "replay" in saved else "checkpoints have no replay buffer"
+    if size != ranks.size:
+        lost = f"the checkpoint is of {size} ranks, now there are {ranks.size}"
+        names -= {"replay", "rollout"}
+        fresh = {name: pack(np.random.default_rng(derive_seed(args.seed, purpose, *ranks.path, step)))
+                 for name, purpose in (("actions_rng", ACTIONS), ("replay_rng", REPLAY))}
+        saved = saved | {"learner": saved["learner"] | fresh}
+    elif ranks.rank:
+        saved = saved | read_file(part_of_rank(path, ranks.rank, number), verify=False)
+    try:
+        for name in names & saved.keys():
+            unpack(parts[name], saved[name], ranks.device)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"--resume {path}: does not fit {args.env_id} as it is here: {error!r}") from None
+    report, parts["rollout"].global_step = parts["report"], step
+    report.checkpoints, report.seconds_before = number, report.seconds
+    return lost
+
+
 def newest_checkpoint(args: Args) -> str | None:
     """The newest whole checkpoint of a run with these settings under runs/, for --resume auto; None: there is none."""
     folders = Path("runs").glob(f"{run_name(args)}__*/")
@@ -1258,39 +1284,26 @@ CHARTS = {
 }
 
 
-class Report:
-    """What the user gets of a run: TensorBoard's file, a progress bar (lines where output is no terminal), model.pt.
+class Log:
+    """TensorBoard's file of a run, with Weights & Biases as its mirror, and the progress bar.
 
-    What cannot be written is tried again later; `missing` names what is unwritten, and why.
+    Lines take the bar's place where output is no terminal. What cannot be written is tried again later; `missing` names
+    what is unwritten, and why.
     """
 
-    STATE = ("recent", "evaluations", "best_step", "best_return", "best_network", "final_returns", "seconds",
-             "log_name", "log_bytes", "wandb_id")
+    STATE = ("log_name", "log_bytes", "wandb_id")
 
-    def __init__(self, args: Args, network: QNetwork, ranks: Ranks) -> None:
+    def __init__(self, args: Args, ranks: Ranks) -> None:
         self.args, self.ranks, self.run_dir, self.wandb, self.wandb_id = args, ranks, Path(), None, None
-        self.finished: list[tuple[int, float, float]] = []  # step, return, length of episodes that are not logged yet
-        self.recent: list[float] = []  # returns of the last training episodes
-        self.evaluations: list[tuple[int, float]] = []  # (step, mean greedy return)
-        self.best_step, self.best_return, self.best_network = 0, -math.inf, copy.deepcopy(network)
-        self.final_returns: list[float] = []  # of the verdict's greedy episodes
-        self.seconds, self.since = 0.0, time.perf_counter()  # spent in training until then
-        self.seconds_before = 0.0  # in other processes, before a resume
         self.log_name, self.log_bytes = "", 0  # TensorBoard's file, and how much of it is this run's
         self.pending = io.BytesIO()  # events not yet in TensorBoard's file
         self.records = RecordWriter(self.pending)
         self.missing: dict[str, str] = {}
-        self.checkpoints = 0  # number of the one in force, counted from the run's beginning
         self.lock: IO[str] | None = None
-
-    @property
-    def evaluated(self) -> int:
-        """The step of the last evaluation."""
-        return self.evaluations[-1][0] if self.evaluations else 0
 
     def open(self, run_dir: Path, step: int, new_settings: bool) -> None:
         """Begin to write to `run_dir`, or go on there; ranks other than 0 only write their parts of checkpoints."""
-        self.run_dir, self.seconds_before = run_dir, self.seconds
+        self.run_dir = run_dir
         if not run_dir.is_dir():
             raise UsageError(f"{run_dir.absolute()} is not there for rank {self.ranks.rank}; start all nodes in a "
                              "folder that they share")
@@ -1376,6 +1389,29 @@ class Report:
             self.log_bytes += len(events)
             self.pending.seek(0)
             self.pending.truncate()
+
+
+class Report(Log):
+    """What the user gets of a run: how training goes, greedy evaluations, model.pt, checkpoints and the verdict."""
+
+    STATE = (*Log.STATE, "recent", "evaluations", "best_step", "best_return", "best_network", "final_returns",
+             "seconds")
+
+    def __init__(self, args: Args, network: QNetwork, ranks: Ranks) -> None:
+        super().__init__(args, ranks)
+        self.finished: list[tuple[int, float, float]] = []  # step, return, length of episodes that are not logged yet
+        self.recent: list[float] = []  # returns of the last training episodes
+        self.evaluations: list[tuple[int, float]] = []  # (step, mean greedy return)
+        self.best_step, self.best_return, self.best_network = 0, -math.inf, copy.deepcopy(network)
+        self.final_returns: list[float] = []  # of the verdict's greedy episodes
+        self.seconds, self.since = 0.0, time.perf_counter()  # spent in training until then
+        self.seconds_before = 0.0  # in other processes, before a resume
+        self.checkpoints = 0  # number of the one in force, counted from the run's beginning
+
+    @property
+    def evaluated(self) -> int:
+        """The step of the last evaluation."""
+        return self.evaluations[-1][0] if self.evaluations else 0
 
     def save(self, name: str, content: dict[str, Any], previous: str = "", path: Path | None = None) -> None:
         """Write a file that `read_file` reads, with the settings; `path` is for one that has another name."""
@@ -1617,24 +1653,7 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             if args.compile and replay.frames.device == learner.parameters.device:
                 learner.compile()
             parts = {"learner": learner, "replay": replay, "rollout": rollout, "report": report}
-            reason = "checkpoints have no replay buffer"
-            if saved:
-                report.checkpoints = saved.get("number", 0)
-                if saved.get("ranks", 1) != ranks.size:
-                    reason = f"the checkpoint is of {saved.get('ranks', 1)} ranks, now there are {ranks.size}"
-                    step = rollout.global_step = saved["rollout"]["global_step"]
-                    saved = {name: part for name, part in saved.items() if name not in ("replay", "rollout")}
-                    for name, purpose in (("actions_rng", ACTIONS), ("replay_rng", REPLAY)):
-                        fresh = np.random.default_rng(derive_seed(args.seed, purpose, *ranks.path, step))
-                        saved["learner"][name] = pack(fresh)
-                elif ranks.rank:
-                    saved = read_file(part_of_rank(path, ranks.rank, report.checkpoints), verify=False) | {
-                        "report": saved["report"]}
-            try:
-                for name in parts.keys() & saved.keys():
-                    unpack(parts[name], saved[name], ranks.device)
-            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise UsageError(f"--resume {path}: does not fit {args.env_id} as it is here: {error!r}") from None
+            lost = restore(parts, path, saved, args, ranks) if saved else "a new run"
         with ranks.agreed():
             run_dir = path.parent if saved else create_run_dir(args) if ranks.rank == 0 else None
         run_dir = ranks.gather(run_dir)[0]
@@ -1642,7 +1661,6 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             report.open(run_dir, rollout.global_step, saved.get("args") != dataclasses.asdict(args))
         stack.callback(report.close)
         say(f"{describe(args)}{f'{chr(10)}ranks         {ranks.size}' * (ranks.size > 1)}\nrun folder    {run_dir}")
-        begun = "replay" in saved
         if saved:
             if ranks.rank == 0:
                 path.replace(run_dir / CHECKPOINT)  # where the one before the newest was named
@@ -1652,16 +1670,16 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
         def unfinished() -> bool:
             return rollout.global_step < args.total_timesteps and report.best_return < args.stop_return
 
-        if begun and unfinished():
+        if not lost and unfinished():
             exact = all(ranks.gather(rollout.come_back(interrupted)))
             if ranks.stopping(interrupted):
                 return None
             if not exact:
                 say("the environments did not come back to the state they were in: not exact from here on")
                 rollout.reset()
-        if not begun:
+        if lost:
             if rollout.global_step and unfinished():
-                say(f"not exact: {reason}, so the replay buffer is filled anew")
+                say(f"not exact: {lost}, so the replay buffer is filled anew")
             learner.learning_starts = rollout.global_step + args.learning_starts
             rollout.reset()
             if args.checkpoint_frequency and unfinished():

@@ -15,6 +15,7 @@ import dqn
 BENCHMARKS = Path(__file__).with_name("benchmarks")
 sys.path.insert(0, str(BENCHMARKS))
 
+import figures  # noqa: E402
 import learning  # noqa: E402
 import optimality  # noqa: E402
 import scaling  # noqa: E402
@@ -122,6 +123,22 @@ def test_a_curve_keeps_the_last_value_of_a_run_that_ended():
     steps, returns = learning.curve(rows, "E", "s")
     assert steps.tolist() == [10, 20, 30]
     assert returns.tolist() == [[1, 2, 2], [3, 4, 5]]
+
+
+def test_the_figure_of_final_returns_shows_every_seed_beside_its_setting(tmp_path, monkeypatch):
+    finals = {"nothing added": [1.0, 9.0, 2.0, 4.0], "dueling": [40.0, 10.0, 30.0, 20.0]}
+    rows = [sweep.Row("E", setting, "k", seed, 100, learning.FINAL, value)
+            for setting, values in finals.items() for seed, value in enumerate(values)]
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    learning.draw_finals(tmp_path / "finals.svg", rows, {"E": ["dueling", "nothing added"]})
+    axes = drawn[0].axes[0]
+    assert (tmp_path / "finals.svg").stat().st_size > 0
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["dueling", "nothing added"]
+    points = {label: [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines
+                      if line.get_label() == label] for label in ("one seed", "interquartile mean")}
+    assert points["one seed"] == [([40, 10, 30, 20], [0] * 4), ([1, 9, 2, 4], [1] * 4)]
+    assert points["interquartile mean"] == [([25], [0]), ([3], [1])]  # the mean of the two in the middle
 
 
 def test_targets_that_swing_to_and_fro_count_as_moving(monkeypatch):
