@@ -213,7 +213,7 @@ TUNED: dict[str, dict[str, Any]] = {
         eval_frequency=20_000,
     ),
     "LunarLander-v3": dict(
-        total_timesteps=200_000, num_envs=8, learning_rate=5e-4, buffer_size=200_000, train_frequency=2, n_step=3,
+        total_timesteps=200_000, num_envs=8, learning_rate=2e-3, buffer_size=50_000, train_frequency=4, n_step=3,
         hidden_sizes=(256, 256), exploration_fraction=0.15, end_e=0.01, eval_frequency=20_000,
     ),
     "ALE/": dict(
