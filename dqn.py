@@ -1139,9 +1139,9 @@ def part_of_rank(path: Path, rank: int, number: int) -> Path:
 
 
 def read_checkpoint(path: Path, verify: bool = True) -> dict[str, Any]:
-    """What rank 0 saved, like `read_file`; UsageError also where another rank's part is missing or damaged."""
-    content = read_file(path, verify)
-    for rank in range(1, content.get("ranks", 1)):
+    """What rank 0 saved; UsageError as in `read_file`, also for the parts that as many ranks would go on with."""
+    content, size = read_file(path, verify), Ranks().size
+    for rank in range(1, size if content.get("ranks", 1) == size else 1):
         read_file(part_of_rank(path, rank, content["number"]), verify)
     return content
 

@@ -181,6 +181,13 @@ def test_a_sweep_does_only_what_is_missing_or_out_of_date(tmp_path):
     assert {(row.seed, row.key) for row in sweep.read(path)} == {(1, again[0].key), (2, first[0].key)}
 
 
+def test_a_run_in_an_environment_with_another_limit_is_another_run(monkeypatch):
+    run = sweep.Run(optimality.PREFIX + "Taxi-v4", "table", 1, {})
+    before = run.key
+    monkeypatch.setitem(gym.spec("ExploringStartsTaxi-v4").kwargs, "limit", 7)
+    assert run.key != before
+
+
 def test_a_table_learns_the_optimal_values_of_frozen_lake(tmp_path):
     dynamics, run = optimality.published("FrozenLake-v1"), optimality.quick()
     rows = sweep.sweep(tmp_path / "results.csv", [run], optimality.watcher)

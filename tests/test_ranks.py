@@ -258,7 +258,7 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_that_goes_on_to_the_bit(tmp_pat
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_another_number_of_ranks_goes_on_with_the_networks_and_says_so(ranks, alone, tmp_path):
-    run_dir = shutil.copytree(alone[0], tmp_path / alone[0].name)
+    run_dir = shutil.copytree(alone[0], tmp_path / alone[0].name, ignore=shutil.ignore_patterns("*.rank*"))
     flags = ["--resume", run_dir, "--total-timesteps", 2400]
     text = finish(torchrun(*flags, cwd=tmp_path, ranks=ranks))
     assert f"not exact: the checkpoint is of 2 ranks, now there are {ranks}, so the replay buffer is filled" in text
@@ -424,7 +424,11 @@ def test_resume_auto_takes_the_checkpoint_before_a_damaged_one(in_tmp, capsys):
     assert "resumed       at step 200" in capsys.readouterr().out
 
 
-def test_resume_auto_takes_the_checkpoint_before_one_that_lacks_a_part(alone, in_tmp, capsys):
+def test_resume_auto_takes_the_checkpoint_before_one_that_lacks_a_part(alone, in_tmp, capsys, monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
     run_dir = Path(shutil.copytree(alone[0], in_tmp / "runs" / alone[0].name))
     settings = read_file(run_dir / CHECKPOINT)["args"] | {"resume": "auto"}
     assert dqn.newest_checkpoint(Args(**settings)) == f"runs/{run_dir.name}/{CHECKPOINT}"

@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
@@ -45,11 +46,12 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> str:
-        """A checksum of the settings that decide what is learned and how it is evaluated."""
+        """A checksum of the settings, the environment's own ones too, that decide what is learned and evaluated."""
         sections = (dqn.Environment, dqn.Learning, dqn.Network, dqn.Exploration)
         names = [field.name for section in sections for field in dataclasses.fields(section) if field.name != "seed"]
         names += ["eval_frequency", "eval_episodes", "stop_return"]
-        return f"{zlib.crc32(repr([getattr(self.args, name) for name in names]).encode()):08x}"
+        values = [getattr(self.args, name) for name in names] + [gym.spec(self.env_id.rpartition(":")[2]).kwargs]
+        return f"{zlib.crc32(repr(values).encode()):08x}"
 
 
 class Row(NamedTuple):
