@@ -371,7 +371,7 @@ class Ranks:
         except UsageError as error:
             own = error
         for reason in filter(None, self.gather(own and str(own))):
-            raise own or UsageError(reason)
+            raise own if str(own) == reason else UsageError(reason)
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gave, the same list on all."""
@@ -1139,7 +1139,7 @@ def part_of_rank(path: Path, rank: int, number: int) -> Path:
 
 
 def read_checkpoint(path: Path, verify: bool = True) -> dict[str, Any]:
-    """What rank 0 saved; UsageError as in `read_file`, also for the parts that as many ranks would go on with."""
+    """What rank 0 saved; UsageError as in `read_file`, also for the other ranks' parts where there are as many now."""
     content, size = read_file(path, verify), Ranks().size
     for rank in range(1, size if content.get("ranks", 1) == size else 1):
         read_file(part_of_rank(path, rank, content["number"]), verify)
@@ -1208,24 +1208,25 @@ def restore(parts: dict[str, Any], path: Path, saved: dict[str, Any], args: Args
     Returns why replay and environments must begin anew, "" where they need not. Raises UsageError where it does not
     fit the environment.
     """
-    number, size, step = saved.get("number", 0), saved.get("ranks", 1), saved["rollout"]["global_step"]
-    names, lost = set(parts), "" if "replay" in saved else "checkpoints have no replay buffer"
-    if size != ranks.size:
-        lost = f"the checkpoint is of {size} ranks, now there are {ranks.size}"
-        names -= {"replay", "rollout"}
-        fresh = {name: pack(np.random.default_rng(derive_seed(args.seed, purpose, *ranks.path, step)))
-                 for name, purpose in (("actions_rng", ACTIONS), ("replay_rng", REPLAY))}
-        saved = saved | {"learner": saved["learner"] | fresh}
-    elif ranks.rank:
-        saved = saved | read_file(part_of_rank(path, ranks.rank, number), verify=False)
+    size, names = saved.get("ranks", 1), set(parts)
+    anew = "" if "replay" in saved else "checkpoints have no replay buffer"
+    if ranks.rank and size == ranks.size:
+        saved = saved | read_file(part_of_rank(path, ranks.rank, saved["number"]), verify=False)
     try:
+        report, step = parts["report"], saved["rollout"]["global_step"]
+        if size != ranks.size:
+            anew = f"the checkpoint is of {size} ranks, now there are {ranks.size}"
+            names -= {"replay", "rollout"}
+            fresh = {name: pack(np.random.default_rng(derive_seed(args.seed, purpose, *ranks.path, step)))
+                     for name, purpose in (("actions_rng", ACTIONS), ("replay_rng", REPLAY))}
+            saved = saved | {"learner": saved["learner"] | fresh}
         for name in names & saved.keys():
             unpack(parts[name], saved[name], ranks.device)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"--resume {path}: does not fit {args.env_id} as it is here: {error!r}") from None
-    report, parts["rollout"].global_step = parts["report"], step
-    report.checkpoints, report.seconds_before = number, report.seconds
-    return lost
+    parts["rollout"].global_step, report.checkpoints = step, saved.get("number", 0)
+    report.seconds_before = report.seconds
+    return anew
 
 
 def newest_checkpoint(args: Args) -> str | None:
@@ -1287,8 +1288,7 @@ CHARTS = {
 class Log:
     """TensorBoard's file of a run, with Weights & Biases as its mirror, and the progress bar.
 
-    Lines take the bar's place where output is no terminal. What cannot be written is tried again later; `missing` names
-    what is unwritten, and why.
+    What cannot be written is tried again later; `missing` names what is unwritten, and why.
     """
 
     STATE = ("log_name", "log_bytes", "wandb_id")
@@ -1302,7 +1302,7 @@ class Log:
         self.lock: IO[str] | None = None
 
     def open(self, run_dir: Path, step: int, new_settings: bool) -> None:
-        """Begin to write to `run_dir`, or go on there; ranks other than 0 only write their parts of checkpoints."""
+        """Begin to write to `run_dir`, or go on there; other ranks than 0 have no log."""
         self.run_dir = run_dir
         if not run_dir.is_dir():
             raise UsageError(f"{run_dir.absolute()} is not there for rank {self.ranks.rank}; start all nodes in a "
@@ -1653,7 +1653,7 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             if args.compile and replay.frames.device == learner.parameters.device:
                 learner.compile()
             parts = {"learner": learner, "replay": replay, "rollout": rollout, "report": report}
-            lost = restore(parts, path, saved, args, ranks) if saved else "a new run"
+            anew = restore(parts, path, saved, args, ranks) if saved else "a new run"
         with ranks.agreed():
             run_dir = path.parent if saved else create_run_dir(args) if ranks.rank == 0 else None
         run_dir = ranks.gather(run_dir)[0]
@@ -1670,16 +1670,16 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
         def unfinished() -> bool:
             return rollout.global_step < args.total_timesteps and report.best_return < args.stop_return
 
-        if not lost and unfinished():
+        if not anew and unfinished():
             exact = all(ranks.gather(rollout.come_back(interrupted)))
             if ranks.stopping(interrupted):
                 return None
             if not exact:
                 say("the environments did not come back to the state they were in: not exact from here on")
                 rollout.reset()
-        if lost:
+        if anew:
             if rollout.global_step and unfinished():
-                say(f"not exact: {lost}, so the replay buffer is filled anew")
+                say(f"not exact: {anew}, so the replay buffer is filled anew")
             learner.learning_starts = rollout.global_step + args.learning_starts
             rollout.reset()
             if args.checkpoint_frequency and unfinished():

@@ -137,6 +137,11 @@ def test_the_figure_of_final_returns_shows_every_seed_beside_its_setting(tmp_pat
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["dueling", "nothing added"]
     points = {label: [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines
                       if line.get_label() == label] for label in ("one seed", "interquartile mean")}
+    assert axes.yaxis_inverted(), "the first setting is on top"
+    ranges = [sorted(line.get_xdata()) for line in axes.lines if line.get_label() == "95% interval"]
+    assert all(10 <= low < 25 < high <= 40 for low, high in ranges[:1])
+    assert all(1 <= low < 3 < high <= 9 for low, high in ranges[1:])
+    assert len(ranges) == 2
     assert points["one seed"] == [([40, 10, 30, 20], [0] * 4), ([1, 9, 2, 4], [1] * 4)]
     assert points["interquartile mean"] == [([25], [0]), ([3], [1])]  # the mean of the two in the middle
 
@@ -186,6 +191,14 @@ def test_a_run_in_an_environment_with_another_limit_is_another_run(monkeypatch):
     before = run.key
     monkeypatch.setitem(gym.spec("ExploringStartsTaxi-v4").kwargs, "limit", 7)
     assert run.key != before
+
+
+@pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "environments:Endless-v0"])
+def test_a_run_in_an_environment_that_another_package_registers_has_a_key(env_id):
+    code = f"import sys; sys.path[:0] = {[str(BENCHMARKS), str(BENCHMARKS.parent)]}; import sweep; "
+    code += f"print(sweep.Run({env_id!r}, 'name', 1, {{}}).key)"
+    key = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert len(key.stdout.strip()) == 8, key.stderr
 
 
 def test_a_table_learns_the_optimal_values_of_frozen_lake(tmp_path):

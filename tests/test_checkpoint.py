@@ -236,12 +236,13 @@ def test_a_checkpoint_cannot_name_a_file_elsewhere(stopped, in_tmp):
 
 
 @pytest.mark.parametrize("change", [{"args": {"sail": 3}}, {"args": {"env_id": "CartPole-v1"}, "rollout": 3},
-                                    {"learner": None}, {"report": {}}])
-def test_content_of_another_program_is_refused(change, stopped):
+                                    {"learner": None}, {"learner": None, "ranks": 2}, {"report": {}}])
+@pytest.mark.parametrize("more", [{}, {"total_timesteps": 1500}])
+def test_content_of_another_program_is_refused(more, change, stopped):
     torch.save(torch.load(stopped / CHECKPOINT) | change, stopped / CHECKPOINT)
     before = snapshot(stopped)
     with pytest.raises(UsageError, match=rf"--resume {stopped}"):
-        train(Args(resume=str(stopped), total_timesteps=1500))
+        train(Args(resume=str(stopped), **more))
     assert snapshot(stopped) == before
 
 

@@ -17,7 +17,7 @@ import torch
 
 import dqn
 from conftest import ENVIRONMENT, QUICK, SCRIPT, differences, outcome, read_log
-from dqn import CHECKPOINT, PREVIOUS, Args, Ranks, read_file
+from dqn import CHECKPOINT, PREVIOUS, Args, Ranks, UsageError, read_file
 
 RANKED = Path(__file__).with_name("ranked.py")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
@@ -382,6 +382,13 @@ def test_without_torchrun_there_is_one_rank_and_no_process_group(monkeypatch):
         assert vector.tolist() == [0, 1, 2]
         assert ranks.gather("value") == ["value"]
         assert ranks.seconds == 0
+
+
+def test_an_error_that_all_ranks_raise_is_the_one_that_a_rank_met():
+    error = UsageError("--tau 2.0: must lie in (0, 1]")
+    with pytest.raises(UsageError) as raised, Ranks().agreed():
+        raise error
+    assert raised.value is error
 
 
 def test_the_ranks_of_a_machine_share_its_memory(monkeypatch):
