@@ -61,6 +61,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.envs.registration import EnvSpec
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -436,6 +437,25 @@ def derive_seed(seed: int, *path: int) -> int:
 TRAIN_ENVS, EVAL_ENVS, NETWORK, REPLAY, ACTIONS, PROBE, VIDEO, PLAY = range(8)  # the purposes
 
 
+def find_environment(args: Args) -> EnvSpec:
+    """What Gymnasium knows of the environment, once the package that registers it is imported.
+
+    Raises UsageError where the id is unknown, or its package is not installed.
+    """
+    module, _, env_id = args.env_id.rpartition(":")
+    named = flag(args, "env_id")
+    try:
+        if module or env_id.startswith("ALE/"):
+            importlib.import_module(module or "ale_py")  # registers its environments
+        return gym.spec(env_id)
+    except ImportError as error:
+        raise UsageError(f"{named}: {error}; name a module that is installed") from None
+    except gym.error.Error as error:
+        near = difflib.get_close_matches(env_id, gym.registry, n=1)
+        reason = f"did you mean {':'.join(filter(None, (module, near[0])))}?" if near else str(error)
+        raise UsageError(f"{named}: no such environment; {reason}") from None
+
+
 def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool = False) -> gym.vector.VectorEnv:
     """Create `num_envs` environments that step together: observations (N, *shape), actions (N,).
 
@@ -446,18 +466,7 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool
 
     Raises UsageError where the id is unknown, something is not installed, or DQN cannot learn the environment.
     """
-    module, _, env_id = args.env_id.rpartition(":")
-    named, spaces = flag(args, "env_id"), gym.spaces
-    try:
-        if module or env_id.startswith("ALE/"):
-            importlib.import_module(module or "ale_py")  # registers its environments
-        spec = gym.spec(env_id)
-    except ImportError as error:
-        raise UsageError(f"{named}: {error}; name a module that is installed") from None
-    except gym.error.Error as error:
-        near = difflib.get_close_matches(env_id, gym.registry, n=1)
-        reason = f"did you mean {':'.join(filter(None, (module, near[0])))}?" if near else str(error)
-        raise UsageError(f"{named}: no such environment; {reason}") from None
+    spec, named, spaces = find_environment(args), flag(args, "env_id"), gym.spaces
 
     def wrap(env: gym.Env) -> gym.Env:
         if multiprocessing.parent_process():  # in a process of its own: a signal to all must not end it before us
@@ -481,22 +490,22 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool
         mode = "native" if atari or known else "sync"
     if mode == "native" and (spec.vector_entry_point is None or (args.frame_stack > 1 and not atari)):
         stacks = " that stacks frames" * (args.frame_stack > 1)
-        raise UsageError(f"{flag(args, 'vectorization')}: {env_id} has no vectorised version{stacks}; "
+        raise UsageError(f"{flag(args, 'vectorization')}: {spec.id} has no vectorised version{stacks}; "
                          "use sync, async or auto")
     if atari:
         settings |= {"repeat_action_probability": args.sticky_actions, "full_action_space": args.full_action_space}
         settings |= {"frameskip": 1} if mode != "native" else {
             "stack_num": args.frame_stack, "reward_clipping": False, "use_fire_reset": False}
-    if env_id.startswith("CarRacing-"):
+    if spec.id.startswith("CarRacing-"):
         settings["continuous"] = False  # it has discrete actions, too
     try:
         if mode == "native":
-            envs = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **settings)
+            envs = gym.make_vec(spec.id, num_envs, vectorization_mode="vector_entry_point", **settings)
             if not isinstance(envs.single_observation_space, spaces.Box):
                 envs = gym.wrappers.vector.FlattenObservation(envs)
         else:
             # The replay buffer copies what it is given, so the environments need not.
-            envs = gym.make_vec(env_id, num_envs, vectorization_mode=mode, vector_kwargs={"copy": False},
+            envs = gym.make_vec(spec.id, num_envs, vectorization_mode=mode, vector_kwargs={"copy": False},
                                 wrappers=[wrap], disable_env_checker=True, **settings)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         raise UsageError(f"{named}: {' '.join(str(error).split())}; install what is missing") from None
@@ -1142,7 +1151,7 @@ def read_checkpoint(path: Path, verify: bool = True) -> dict[str, Any]:
     """What rank 0 saved; UsageError as in `read_file`, also for the other ranks' parts where there are as many now."""
     content, size = read_file(path, verify), Ranks().size
     for rank in range(1, size if content.get("ranks", 1) == size else 1):
-        read_file(part_of_rank(path, rank, content["number"]), verify)
+        read_file(part_of_rank(path, rank, content.get("number")), verify)
     return content
 
 

@@ -1,5 +1,6 @@
 """Runs of several processes under torchrun, on CPUs: what they share, what each has of its own, and what ends them."""
 
+import copy
 import math
 import os
 import random
@@ -259,6 +260,9 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_that_goes_on_to_the_bit(tmp_pat
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_another_number_of_ranks_goes_on_with_the_networks_and_says_so(ranks, alone, tmp_path):
     run_dir = shutil.copytree(alone[0], tmp_path / alone[0].name, ignore=shutil.ignore_patterns("*.rank*"))
+    content = read_file(run_dir / CHECKPOINT)
+    content["report"]["seconds"] = 1e5  # as of a long run, which says nothing of how long averaging takes now
+    dqn.write_file(run_dir / CHECKPOINT, copy.deepcopy(content))
     flags = ["--resume", run_dir, "--total-timesteps", 2400]
     text = finish(torchrun(*flags, cwd=tmp_path, ranks=ranks))
     assert f"not exact: the checkpoint is of 2 ranks, now there are {ranks}, so the replay buffer is filled" in text
@@ -270,6 +274,9 @@ def test_another_number_of_ranks_goes_on_with_the_networks_and_says_so(ranks, al
         assert part["rollout"]["global_step"] == 2400
         assert part["learner"]["optimizer"]["steps"] == 200  # 100 of them before; the next after 200 more steps
         assert part["replay"]["filled"] == 600 / 4  # each environment's last 150 steps
+    shares = {event.step: event.value for event in read_log(run_dir).Scalars("charts/all_reduce")}
+    assert (ranks == 1) == (max(shares) <= 1200)
+    assert ranks == 1 or 0.01 < shares[max(shares)] < 1
     number = saved[0]["number"]
     assert {path.name for path in run_dir.glob("checkpoint.*.rank*")} == {
         f"checkpoint.{n}.rank{rank}.pt" for rank in range(1, ranks) for n in (number - 1, number)}
@@ -395,6 +402,13 @@ def test_the_ranks_of_a_machine_share_its_memory(monkeypatch):
     alone = dqn.available_memory()
     monkeypatch.setattr(dqn, "Ranks", lambda: SimpleNamespace(here=4))
     assert dqn.available_memory() == pytest.approx(alone / 4, rel=0.2)
+
+
+def test_a_checkpoint_of_two_ranks_that_does_not_say_its_number_ends_in_one_line(monkeypatch, tmp_path):
+    dqn.write_file(tmp_path / CHECKPOINT, {"format": 1, "args": {}, "ranks": 2})
+    monkeypatch.setattr(dqn, "Ranks", lambda: SimpleNamespace(size=2))
+    with pytest.raises(UsageError, match=r"there is no .*checkpoint\.None\.rank1\.pt"):
+        dqn.read_checkpoint(tmp_path / CHECKPOINT)
 
 
 def test_tuned_settings_of_atari_games_suit_32_ranks():

@@ -7,7 +7,6 @@ tag, value. A run is in it as a whole or not at all, and is not run again as lon
 import contextlib
 import csv
 import dataclasses
-import importlib
 import io
 import os
 import sys
@@ -19,7 +18,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
@@ -48,13 +46,10 @@ class Run(NamedTuple):
     @property
     def key(self) -> str:
         """A checksum of the settings that decide what is learned and evaluated; those the environment has, too."""
-        module, _, env_id = self.env_id.rpartition(":")
-        if module or env_id.startswith("ALE/"):
-            importlib.import_module(module or "ale_py")  # registers its environments
         sections = (dqn.Environment, dqn.Learning, dqn.Network, dqn.Exploration)
         names = [field.name for section in sections for field in dataclasses.fields(section) if field.name != "seed"]
         names += ["eval_frequency", "eval_episodes", "stop_return"]
-        values = [getattr(self.args, name) for name in names] + [gym.spec(env_id).kwargs]
+        values = [getattr(self.args, name) for name in names] + [dqn.find_environment(self.args).kwargs]
         return f"{zlib.crc32(repr(values).encode()):08x}"
 
 
