@@ -38,7 +38,6 @@ import importlib.util
 import io
 import itertools
 import math
-import multiprocessing
 import pickle
 import re
 import shlex
@@ -466,10 +465,10 @@ def make_envs(args: Args, num_envs: int, video: Path | None = None, render: bool
 
     Raises UsageError where the id is unknown, something is not installed, or DQN cannot learn the environment.
     """
-    spec, named, spaces = find_environment(args), flag(args, "env_id"), gym.spaces
+    spec, named, spaces, own_process = find_environment(args), flag(args, "env_id"), gym.spaces, os.getpid()
 
     def wrap(env: gym.Env) -> gym.Env:
-        if multiprocessing.parent_process():  # in a process of its own: a signal to all must not end it before us
+        if os.getpid() != own_process:  # a signal to all must not end an environment's process before us
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         if video:
@@ -675,9 +674,10 @@ class ReplayBuffer:
         slot_bytes = rest_bytes + frame_bytes * (place.type == "cpu")
         needed, free = self.num_slots * slot_bytes, available_memory()
         if needed > free:
-            most = (int(free / slot_bytes) // num_envs - frame_stack) * num_envs
-            raise UsageError(f"--buffer-size {capacity}: the replay buffer needs {needed / 2**30:,.1f} GiB, "
-                             f"{free / 2**30:,.1f} GiB are free; must be at most {most:,}")
+            most, ranks = (int(free / slot_bytes) // num_envs - frame_stack) * num_envs, Ranks().size
+            raise UsageError(f"--buffer-size {capacity * ranks}: the replay buffer needs {needed / 2**30:,.1f} GiB"
+                             f"{' for each rank' * (ranks > 1)}, {free / 2**30:,.1f} GiB are free; must be at most "
+                             f"{most * ranks:,}")
         dtype = torch.from_numpy(np.zeros(0, frame)).dtype
         self.frames = torch.zeros((self.num_slots + (frame_stack > 1), *shape), dtype=dtype, device=place)
         self.host = self.frames.numpy() if place.type == "cpu" else None  # the same memory
@@ -1000,11 +1000,9 @@ class Rollout:
         shifted = actions + self.first_action
         if self.halves:
             self.halves[0](shifted)
-            meanwhile()
-            observations, rewards, terminated, truncated, infos = self.halves[1]()
-        else:
-            meanwhile()
-            observations, rewards, terminated, truncated, infos = self.envs.step(shifted)
+        meanwhile()
+        result = self.halves[1]() if self.halves else self.envs.step(shifted)
+        observations, rewards, terminated, truncated, infos = result
         check_finite(self.global_step, observations=observations, rewards=rewards)
         ended = terminated | truncated
         if self.episodic_life:
@@ -1056,7 +1054,6 @@ def evaluate(q_network: nn.Module, envs: gym.vector.VectorEnv, episodes: int, se
     for played in range(0, episodes, envs.num_envs):
         before_round()
         running = np.arange(envs.num_envs) < episodes - played
-        wanted = running.copy()
         returns, discounted, lengths = np.zeros((3, envs.num_envs))
         observations, _ = envs.reset(seed=seed + played)
         for step in range(max_steps):
@@ -1074,7 +1071,7 @@ def evaluate(q_network: nn.Module, envs: gym.vector.VectorEnv, episodes: int, se
             running &= ~(terminated | truncated)
             if not running.any():
                 break
-        rounds.append(np.stack((returns, lengths, start_values - discounted))[:, wanted])
+        rounds.append(np.stack((returns, lengths, start_values - discounted))[:, : episodes - played])
     return Evaluation(*np.concatenate(rounds, axis=1))
 
 
@@ -1198,12 +1195,13 @@ def existing_run(args: Args, verify: bool = True) -> tuple[Args, Path, dict[str,
                 step = read_checkpoint(older)["rollout"]["global_step"]
                 advice = f"; the one before it, of step {step:,}, is whole: --{purpose} {older}"
         raise UsageError(f"{named}: {error}{advice}") from None
-    saved = content["args"] | ({"capture_video": False} if args.evaluate is not None else {})
-    given = args._given - {"resume"}
-    changed = {name: getattr(args, name) for name in given if getattr(args, name) != saved.get(name)}
-    for name in changed.keys() - OVERRIDES[purpose]:
-        raise UsageError(f"{flag(args, name)}: {named} has {saved.get(name)} and keeps it; leave it out")
+    saved = content["args"] | ({"capture_video": False, "track": False} if purpose == "evaluate" else {})
     try:
+        before = Args(**saved)
+        given = args._given - {"resume"}
+        changed = {name: getattr(args, name) for name in given if getattr(args, name) != getattr(before, name)}
+        for name in changed.keys() - OVERRIDES[purpose]:
+            raise UsageError(f"{flag(args, name)}: {named} has {getattr(before, name)} and keeps it; leave it out")
         if "total_timesteps" in changed and args.total_timesteps < content["rollout"]["global_step"]:
             raise UsageError(f"{flag(args, 'total_timesteps')}: the run has taken more steps already; give more")
         return Args(**saved | changed), path, content
@@ -1308,23 +1306,14 @@ class Log:
         self.pending = io.BytesIO()  # events not yet in TensorBoard's file
         self.records = RecordWriter(self.pending)
         self.missing: dict[str, str] = {}
-        self.lock: IO[str] | None = None
 
     def open(self, run_dir: Path, step: int, new_settings: bool) -> None:
-        """Begin to write to `run_dir`, or go on there; other ranks than 0 have no log."""
-        self.run_dir = run_dir
+        """Begin to write to `run_dir`, or go on there; other ranks than 0 write nothing."""
+        self.run_dir, settings = run_dir, dataclasses.asdict(self.args)
         if not run_dir.is_dir():
             raise UsageError(f"{run_dir.absolute()} is not there for rank {self.ranks.rank}; start all nodes in a "
                              "folder that they share")
-        if self.ranks.rank == 0:
-            self.open_log(step, new_settings)
-        self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit=" steps", unit_scale=True,
-                        disable=None if self.ranks.rank == 0 else True, dynamic_ncols=True)
-
-    def open_log(self, step: int, new_settings: bool) -> None:
-        """Begin to write TensorBoard's file, or go on with it."""
-        run_dir, self.lock, settings = self.run_dir, lock(self.run_dir), dataclasses.asdict(self.args)
-        if self.args.track:
+        if self.args.track and self.ranks.rank == 0:
             wandb = importlib.import_module("wandb")
             try:
                 self.wandb = wandb.init(project=self.args.wandb_project_name, entity=self.args.wandb_entity,
@@ -1348,13 +1337,13 @@ class Log:
         if new_settings or not self.log_bytes:
             rows = "".join(f"|{name}|{value}|\n" for name, value in settings.items())
             self.record(Event(summary=text("hyperparameters", f"|setting|value|\n|-|-|\n{rows}"), step=step))
+        self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit=" steps", unit_scale=True,
+                        disable=None if self.ranks.rank == 0 else True, dynamic_ncols=True)
 
     def close(self) -> None:
         """Close what was opened; everything logged so far is on disk afterwards."""
         self.bar.close()
         self.flush()
-        if self.lock:
-            self.lock.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -1640,6 +1629,7 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             if args.resume is not None:
                 args, path, saved = existing_run(args, verify=ranks.rank == 0)
             validate(args)
+            stack.callback(setattr, torch.backends.cudnn, "deterministic", torch.backends.cudnn.deterministic)
             torch.backends.cudnn.deterministic = args.torch_deterministic
             if ranks.size > 1 and ranks.device.type == "cuda":
                 torch.cuda.set_device(ranks.place)
@@ -1649,6 +1639,13 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
                     if "rgb_array" not in env.metadata.get("render_modes", ()):
                         raise UsageError(f"{flag(args, 'capture_video')}: {args.env_id} does not render to rgb_array; "
                                          "leave it out")
+                env = gym.make(args.env_id, render_mode="rgb_array", disable_env_checker=True)
+                with contextlib.closing(env):
+                    env.reset()
+                    try:
+                        env.render()
+                    except gym.error.DependencyNotInstalled as error:
+                        raise UsageError(f"{flag(args, 'capture_video')}: {error}; install what is missing") from None
             eval_envs = None
             if ranks.rank == 0:  # one environment an episode, where that does not mean as many processes
                 count = min(args.eval_episodes, FINAL_EPISODES if args.vectorization != "async" else args.num_envs)
@@ -1667,6 +1664,8 @@ def train(args: Args, watch: Callable[[int, Learner], object] | None = None) -> 
             run_dir = path.parent if saved else create_run_dir(args) if ranks.rank == 0 else None
         run_dir = ranks.gather(run_dir)[0]
         with ranks.agreed():
+            if ranks.rank == 0:
+                stack.enter_context(lock(run_dir))
             report.open(run_dir, rollout.global_step, saved.get("args") != dataclasses.asdict(args))
         stack.callback(report.close)
         say(f"{describe(args)}{f'{chr(10)}ranks         {ranks.size}' * (ranks.size > 1)}\nrun folder    {run_dir}")
@@ -1855,7 +1854,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (UsageError, TrainingError) as error:
         ranks = Ranks()
         if ranks.place == 0 or isinstance(error, TrainingError):  # of a UsageError all ranks of a machine know
-            print(f"dqn.py: error: {f'rank {ranks.rank}: ' * (ranks.rank > 0)}{error}", file=sys.stderr)
+            sys.stderr.write(f"dqn.py: error: {f'rank {ranks.rank}: ' * (ranks.rank > 0)}{error}\n")  # in one piece
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

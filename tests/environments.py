@@ -134,6 +134,15 @@ class Catch(gym.Env):
         return self.observe(), float(landed and 2 * caught - 1), landed, False, {}
 
 
+class Unpainted(Walk):
+    """Would render, if only a package were there."""
+
+    metadata = Walk.metadata | {"render_modes": ["rgb_array"]}
+
+    def render(self):
+        raise gym.error.DependencyNotInstalled("a_painter_nobody_has is not installed")
+
+
 class Lives(gym.Env):
     """Games of three lives, which end with steps 4, 8 and 12; the rewards of a game are 3, 2, 1, …, -8.
 
@@ -203,6 +212,7 @@ gym.register("Stuck-v0", entry_point=Walk, kwargs={"fault": "stuck"})
 gym.register("Slow-v0", entry_point=Walk, kwargs={"fault": "slow"})
 gym.register("SameStep-v0", entry_point=Walk, vector_entry_point=SameStep)
 gym.register("Sentence-v0", entry_point=Walk, kwargs={"space": spaces.Sequence(spaces.Discrete(3))})
+gym.register("Unpainted-v0", entry_point=Unpainted)
 gym.register("Unbuilt-v0", entry_point="a_simulator_nobody_has:Env")
 for fault in ("observation", "reward", "raise"):
     gym.register(f"Faulty-{fault}-v0", entry_point=Walk, kwargs={"fault": fault})

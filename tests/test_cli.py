@@ -28,6 +28,7 @@ BAD_INPUT = {
     "no native stacks": ("--frame-stack 4 --vectorization native", "--vectorization native.*that stacks frames"),
     "an Atari setting elsewhere": ("--sticky-actions 0.1", "--sticky-actions 0.1.*only Atari games.*leave it out"),
     "no video": ("--env-id environments:Walk-v0 --capture-video", "--capture-video.*rgb_array"),
+    "no painter": ("--env-id environments:Unpainted-v0 --capture-video", "--capture-video.*a_painter.*install"),
     "total-timesteps": ("--total-timesteps 0", "--total-timesteps 0.*at least 1"),
     "batch-size": ("--batch-size 0", "--batch-size 0.*at least 1"),
     "buffer-size": ("--buffer-size -5", "--buffer-size -5.*at least 1"),

@@ -1,5 +1,10 @@
 """make_envs: an environment id becomes environments that step together."""
 
+import contextlib
+import multiprocessing
+import signal
+from concurrent.futures import ProcessPoolExecutor
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -26,6 +31,16 @@ def test_auto_takes_the_native_version_once_it_is_faster():
                                             ("native", "CartPoleVectorEnv")])
 def test_a_vectorization_that_is_asked_for_is_used(mode, name):
     assert kind(Args(vectorization=mode), 2) == name
+
+
+def ignores_sigterm():
+    with contextlib.closing(make_envs(Args(), 2)):
+        return signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
+def test_environments_in_a_process_that_another_one_started_leave_its_signals_alone():
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert not pool.submit(ignores_sigterm).result()
 
 
 @pytest.mark.parametrize("mode", ["sync", "async", "native"])

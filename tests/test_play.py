@@ -11,6 +11,7 @@ import pytest
 import torch
 from moviepy import VideoFileClip
 
+import dqn
 from conftest import ENVIRONMENT, ROOT, start
 from dqn import CHECKPOINT, MODEL, Args, UsageError, evaluate, load, make_envs, play, read_file, train
 
@@ -138,6 +139,29 @@ def test_a_network_made_for_other_observations_is_refused(run_dir, in_tmp):
     torch.save(torch.load(folder / CHECKPOINT) | {"learner": None}, folder / CHECKPOINT)
     with pytest.raises(UsageError, match="does not fit CartPole-v1 as it is here"):
         load(folder, "last")
+
+
+def test_a_run_that_was_tracked_elsewhere_plays_without_the_tracker(run_dir, in_tmp, monkeypatch):
+    monkeypatch.setattr(dqn.importlib.util, "find_spec", lambda name: None)
+    folder = shutil.copytree(run_dir, in_tmp / "tracked")
+    content = torch.load(folder / MODEL)
+    content["args"]["track"] = True
+    torch.save(content, folder / MODEL)
+    assert len(play(Args(evaluate=str(folder), eval_episodes=3)).returns) == 3
+
+
+def test_a_run_from_before_a_setting_existed_has_its_default(run_dir, in_tmp, capsys):
+    folder = shutil.copytree(run_dir, in_tmp / "older")
+    for name in (MODEL, CHECKPOINT):
+        content = torch.load(folder / name)
+        del content["args"]["amp"]
+        torch.save(content, folder / name)
+    dqn.main(["--evaluate", str(folder), "--eval-episodes", "3"])
+    assert "over 3 greedy episodes" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"--amp True: --resume .* has False and keeps it"):
+        train(Args(resume=str(folder), amp=True))
+    dqn.main(["--resume", str(folder), "--total-timesteps", "800"])
+    assert "final return" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "FrozenLake-v1", "Blackjack-v1", "environments:Space-dict-v0",

@@ -1,6 +1,7 @@
 """ReplayBuffer: a stream of time steps."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -281,4 +282,9 @@ def test_a_million_atari_transitions_need_between_6_and_7_2_gigabytes(monkeypatc
         monkeypatch.setattr(dqn, "available_memory", lambda memory=memory: memory)
         with pytest.raises(outcome, match=message):
             ReplayBuffer(args.buffer_size, args.num_envs, space, 6, args.n_step, args.gamma, args.frame_stack)
+    monkeypatch.setattr(dqn, "Ranks", lambda: SimpleNamespace(size=4))
+    monkeypatch.setattr(dqn, "available_memory", lambda: 1.5e9)  # a quarter
+    refusal = r"^--buffer-size 1000000: .*needs 1\.6 GiB for each rank, 1\.4 GiB are free; must be at most 849,\d\d\d$"
+    with pytest.raises(UsageError, match=refusal):
+        ReplayBuffer(args.buffer_size // 4, args.num_envs // 4, space, 6, args.n_step, args.gamma, args.frame_stack)
     assert shapes == [(1_000_129, 84, 84)], "31,250 rows of 32, four for the stack of the oldest, a blank frame"

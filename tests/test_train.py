@@ -182,10 +182,12 @@ def test_where_nothing_can_be_compiled_a_run_goes_on_without(in_tmp, monkeypatch
 def test_a_run_leaves_the_global_generators_and_settings_alone(in_tmp):
     states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
     threads = torch.get_num_threads()
+    assert not torch.backends.cudnn.deterministic
     train(Args(**SHORT))
     assert states[:2] == (random.getstate(), str(np.random.get_state()))
     assert torch.equal(states[2], torch.get_rng_state())
     assert torch.get_num_threads() == threads
+    assert not torch.backends.cudnn.deterministic
 
 
 def test_nothing_happens_at_import(tmp_path):
