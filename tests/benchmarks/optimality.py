@@ -125,8 +125,10 @@ PREFIX = "optimality:ExploringStarts"
 LIMITS = {"FrozenLake-v1": 10, "CliffWalking-v1": 5, "Taxi-v4": 10}  # steps of an episode
 ENV_IDS = tuple(LIMITS)
 for name, limit in LIMITS.items():
-    gym.register(PREFIX.partition(":")[2] + name, vector_entry_point=ExploringStarts, entry_point="gymnasium:Env",
-                 kwargs={"env_id": name, "limit": limit})
+    env_id = PREFIX.partition(":")[2] + name
+    if env_id not in gym.registry:  # as a script, this file is also imported by its name
+        gym.register(env_id, vector_entry_point=ExploringStarts, entry_point="gymnasium:Env",
+                     kwargs={"env_id": name, "limit": limit})
 
 SYNCS = {
     "1": dict(target_network_frequency=1),
@@ -158,7 +160,7 @@ FITS = {
     "network": {
         "FrozenLake-v1": dict(learning_rate=1e-3, batch_size=512),
         "CliffWalking-v1": dict(learning_rate=1e-3, batch_size=256),
-        "Taxi-v4": dict(learning_rate=3e-4, batch_size=512),
+        "Taxi-v4": dict(learning_rate=1e-4, batch_size=256),
     },
 }
 # Runs behind the first figure: enough gradient steps between two syncs for the table to reach its target.
