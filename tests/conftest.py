@@ -1,41 +1,53 @@
-"""What several test files share: running the script as a user would, and reading TensorBoard's files back."""
+"""What several test files share: running the script as a user would, and comparing what runs left behind."""
 
-import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import gymnasium as gym
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "dqn.py"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+import dqn
 
-# A run of two seconds that learns, evaluates and logs.
-QUICK = ("--no-tuned --total-timesteps 1200 --learning-starts 200 --buffer-size 600 --batch-size 32 "
-         "--eval-frequency 500 --eval-episodes 2 --log-frequency 100 --eval-max-steps 50").split()
+TESTS = Path(__file__).parent
+SCRIPT = TESTS.parent / "dqn.py"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
-
-def start(*arguments, cwd, before=None):
-    """The script as a subprocess in an empty folder, output to pipes; `before` is called in the new process."""
-    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, env=ENVIRONMENT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=before)
+# A run of a second that learns, evaluates, logs and saves.
+SHORT = dict(
+    tuned=False, total_timesteps=1200, learning_starts=200, buffer_size=600, batch_size=32, eval_frequency=500,
+    eval_episodes=2, eval_max_steps=50, checkpoint_frequency=250,
+)
 
 
-@pytest.fixture
-def cli(tmp_path):
-    """Run the script with the given flags in an empty folder; return the finished process."""
+def flags(**settings):
+    """The command line of settings."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [f"--{flag}" if value else f"--no-{flag}"]
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return words
 
-    def run(*arguments):
-        process = start(*arguments, cwd=tmp_path)
-        process.out, process.err = process.communicate(timeout=120)
-        return process
 
-    return run
+def start(*arguments, cwd, ranks=0, before=None):
+    """The script as a subprocess, by torchrun where there are ranks, in a process group of its own."""
+    launch = [sys.executable]
+    if ranks:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.Popen([*launch, str(SCRIPT), *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=before, start_new_session=True)
+
+
+def finish(process, status=0, timeout=120):
+    """Wait for the end of a process; its output is in `out` and `err` then."""
+    process.out, process.err = process.communicate(timeout=timeout)
+    assert process.returncode == status, (process.returncode, process.out, process.err)
+    return process
 
 
 @pytest.fixture
@@ -46,35 +58,40 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def no_noops(monkeypatch):
-    """Atari games without the no-ops at their start, which every vectorization draws from a generator of its own."""
-    make_vec, preprocessing = gym.make_vec, gym.wrappers.AtariPreprocessing
+def cli(in_tmp):
+    """Run the script in an empty folder with the flags of a text, and more of them; return the finished process."""
 
-    def without(*arguments, vectorization_mode, **settings):
-        native = {"noop_max": 0} if vectorization_mode == "vector_entry_point" else {}
-        return make_vec(*arguments, vectorization_mode=vectorization_mode, **settings | native)
+    def run(text="", *, status=0, **settings):
+        return finish(start(*text.split(), *flags(**settings), cwd=in_tmp), status)
 
-    monkeypatch.setattr(gym, "make_vec", without)
-    monkeypatch.setattr(gym.wrappers, "AtariPreprocessing", functools.partial(preprocessing, noop_max=0))
+    return run
 
 
-def read_log(run_dir):
-    """The event file of a run folder."""
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0})
+def the_run(folder):
+    """The only run under runs/."""
+    (run_dir,) = (Path(folder) / "runs").iterdir()
+    return run_dir
+
+
+def train(**settings):
+    """Train in this process; return the run folder."""
+    return dqn.train(dqn.Args(**SHORT | settings))
+
+
+def scalars(run_dir):
+    """What TensorBoard shows: tag -> [(step, value), ...]."""
+    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     log.Reload()
-    return log
+    return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
 
 
 def outcome(run_dir):
-    """All that a run computed: checkpoint, model, logged scalars; without what depends on the clock and the machine."""
-    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    for name in ("seconds", "log_name"):
-        del checkpoint["report"][name]
-    del checkpoint["number"]  # a stop adds a checkpoint
-    log = read_log(run_dir)
-    scalars = {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
-    del scalars["charts/SPS"]
-    return {"checkpoint": checkpoint, "model": torch.load(run_dir / "model.pt", weights_only=True), "scalars": scalars}
+    """All that a run computed; without what depends on the clock."""
+    (path, *more) = sorted(run_dir.glob("checkpoint-*.pt"))
+    files = {each.name: torch.load(each, weights_only=True) for each in (path, *more, run_dir / "model.pt")}
+    shown = scalars(run_dir)
+    del shown["charts/SPS"]
+    return {"files": files, "scalars": shown}
 
 
 def differences(one, other, place=""):

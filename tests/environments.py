@@ -54,8 +54,8 @@ class Coded(gym.Env):
 class Walk(gym.Env):
     """A walk of ten steps over any observation space, on actions that do not count from zero.
 
-    `fault` names what goes wrong at step 700 of the environment's life, which is in the middle of training; "stuck"
-    takes a minute for step 300, "slow" a twentieth of a second for each.
+    `fault` names what goes wrong at step 700 of the environment's life, in the middle of training; "stuck" takes a
+    minute for step 300.
     """
 
     action_space = spaces.Discrete(3, start=5)
@@ -75,25 +75,25 @@ class Walk(gym.Env):
         assert 5 <= action <= 7, f"{action} is not an action"
         self.steps, self.life = self.steps + 1, self.life + 1
         observation, reward = self.observation_space.sample(), float(action == 6)
-        if self.life == 300 and self.fault == "stuck":
+        if self.fault == "stuck" and self.life == 300:
             time.sleep(60)
-        if self.fault == "slow":
-            time.sleep(0.05)
         if self.life == 700:
             if self.fault == "observation":
                 observation = np.full((2,), np.nan, np.float32)
             elif self.fault == "reward":
-                reward = np.inf
+                reward = 1e39  # more than float32 holds
             elif self.fault == "raise":
-                raise RuntimeError("the motor is broken")
+                raise OSError("the motor is broken")
         return observation, reward, self.steps == self.limit, False, {}
 
 
-class SameStep(gym.vector.SyncVectorEnv):
-    """A native vectorisation that resets in the step that ends an episode."""
+class Unpainted(Walk):
+    """Would render, if only a package were there."""
 
-    def __init__(self, num_envs=1, **kwargs):
-        super().__init__([Walk] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    metadata = Walk.metadata | {"render_modes": ["rgb_array"]}
+
+    def render(self):
+        raise gym.error.DependencyNotInstalled("a_painter_nobody_has is not installed")
 
 
 class Catch(gym.Env):
@@ -134,60 +134,159 @@ class Catch(gym.Env):
         return self.observe(), float(landed and 2 * caught - 1), landed, False, {}
 
 
-class Unpainted(Walk):
-    """Would render, if only a package were there."""
+class Five(gym.Env):
+    """Five steps of reward 1."""
 
-    metadata = Walk.metadata | {"render_modes": ["rgb_array"]}
-
-    def render(self):
-        raise gym.error.DependencyNotInstalled("a_painter_nobody_has is not installed")
-
-
-class Lives(gym.Env):
-    """Games of three lives, which end with steps 4, 8 and 12; the rewards of a game are 3, 2, 1, …, -8.
-
-    Its observation says which transition it is: (game, counted from 1, step).
-    """
-
-    observation_space = spaces.Box(0, 1e6, (2,), np.float32)
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = spaces.Discrete(2)
 
-    def __init__(self):
-        self.game = 0
-
     def observe(self):
-        return np.array([self.game, self.taken], np.float32)
+        return np.full(self.observation_space.shape, min(self.t, 1), self.observation_space.dtype)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.game, self.taken = self.game + 1, 0
-        return self.observe(), {"lives": 3}
+        self.t = 0
+        return self.observe(), {}
 
     def step(self, action):
-        self.taken += 1
-        return self.observe(), 4.0 - self.taken, self.taken == 12, False, {"lives": 3 - self.taken // 4}
+        self.t += 1
+        return self.observe(), 1.0, self.t >= 5, False, {}
 
 
-class Halves(gym.vector.SyncVectorEnv):
-    """A native vectorisation of CartPole whose step has two halves."""
+class Cam(gym.Env):
+    """Only `goal` matters; the camera is noise, in bytes."""
 
-    def __init__(self, num_envs=1, **kwargs):
-        super().__init__([lambda: gym.make("CartPole-v1")] * num_envs)
+    observation_space = spaces.Dict(cam=spaces.Box(0, 255, (16, 16, 3), np.uint8), goal=spaces.Box(-1, 1, (1,)))
+    action_space = spaces.Discrete(2)
 
-    def send(self, actions):
-        self.sent = actions.copy()
+    def observe(self):
+        self.goal = self.np_random.choice([-1, 1])
+        cam = self.np_random.integers(0, 256, (16, 16, 3), np.uint8)
+        return {"cam": cam, "goal": np.array([self.goal], np.float32)}
 
-    def recv(self):
-        return super().step(self.sent)
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
 
-    def step(self, actions):
-        self.send(actions)
-        return self.recv()
+    def step(self, action):
+        reward = float((action == 1) == (self.goal == 1))
+        self.t += 1
+        return self.observe(), reward, False, self.t >= 20, {}
+
+
+class CamScaled(Cam):
+    """The same with numbers from 0 to 1."""
+
+    observation_space = spaces.Dict(cam=spaces.Box(0, 1, (16, 16, 3)), goal=spaces.Box(-1, 1, (1,)))
+
+    def observe(self):
+        observation = super().observe()
+        return observation | {"cam": (observation["cam"] / 255).astype(np.float32)}
+
+
+class Winner(Five):
+    """Its info has a value that is a number or None."""
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = super().reset(seed=seed)
+        self.length = int(self.np_random.integers(3, 9))
+        return observation, info
+
+    def step(self, action):
+        self.t += 1
+        end = self.t >= self.length
+        return self.observe(), 1.0, end, False, {"winner": int(action) if end else None}
+
+
+class Trail(Five):
+    """Its info has an array that grows."""
+
+    def step(self, action):
+        return (*super().step(action)[:4], {"path": np.arange(self.t + self.np_random.integers(3))})
+
+
+class Words(spaces.Space):
+    def sample(self, mask=None, probability=None):
+        return "go"
+
+    def contains(self, x):
+        return isinstance(x, str)
+
+
+class Mission(Five):
+    """A part of its observations is no number."""
+
+    observation_space = spaces.Dict(
+        image=spaces.Box(0, 255, (7, 7, 3), np.uint8), task=spaces.Dict(mission=Words(), direction=spaces.Discrete(4))
+    )
+
+    def observe(self):
+        return {"image": np.zeros((7, 7, 3), np.uint8), "task": {"mission": "go", "direction": 0}}
+
+
+class Blank(Five):
+    """Its observations are bounded by 0 and 0."""
+
+    observation_space = spaces.Box(0, 0, (1,), np.uint8)
+
+
+class Clock(gym.Env):
+    """A reward of 1 for ever, cut after five steps; with `both` it ends there too."""
+
+    observation_space = spaces.Box(0, 5, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, both=False):
+        self.both = both
+
+    def observe(self):
+        return np.array([self.t], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        end = self.t >= 5
+        return self.observe(), 1.0, end and self.both, end, {}
+
+
+class Negative(gym.Env):
+    """States from -2 on and actions from -1 on, which arrive as integers."""
+
+    observation_space = spaces.Discrete(5, start=-2)
+    action_space = spaces.Discrete(3, start=-1)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = 0, 0
+        return self.x, {}
+
+    def step(self, action):
+        {-1: "left", 0: "stay", 1: "right"}[action]  # raises for anything but these integers
+        self.x, self.t = int(np.clip(self.x + action, -2, 2)), self.t + 1
+        return self.x, float(self.x == 2), self.x == 2, self.t >= 20, {}
+
+
+class Never(gym.Env):
+    """Ends with action 1 only, which costs."""
+
+    observation_space = spaces.Box(0, 1, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), -float(action), bool(action), False, {}
 
 
 SPACES = {
     "float64": spaces.Box(-np.inf, np.inf, (3,), np.float64),
-    "positive": spaces.Box(1, 2, (3,), np.float32),
     "float16": spaces.Box(-1, 1, (3,), np.float16),
     "uint8": spaces.Box(0, 255, (4, 5, 3), np.uint8),
     "int16": spaces.Box(-300, 300, (2, 2), np.int16),
@@ -200,21 +299,25 @@ SPACES = {
     "multidiscrete": spaces.MultiDiscrete([2, 5]),
     "tuple": spaces.Tuple((spaces.Discrete(3), spaces.Box(-1, 1, (2,), np.float32))),
     "dict": spaces.Dict({"at": spaces.Box(-1, 1, (2, 2), np.float32), "key": spaces.MultiBinary(2)}),
+    "sequence": spaces.Sequence(spaces.Discrete(3)),
 }
 
-gym.register("Catch-v0", entry_point=Catch)
-gym.register("Coded-v0", entry_point=Coded)
-gym.register("Walk-v0", entry_point=Walk)
+# Shape of an image and the (channels, height, width) that it means.
+BOARDS = {
+    (4, 4, 16): (16, 4, 4), (8, 8, 12): (12, 8, 8), (12, 8, 8): (12, 8, 8), (16, 4, 4): (16, 4, 4),
+    (6, 7, 42): (42, 6, 7), (6, 7, 2): (2, 6, 7), (10, 10, 4): (4, 10, 10), (210, 160, 3): (3, 210, 160),
+    (4, 128, 64): (4, 128, 64), (84, 84, 1): (1, 84, 84), (2, 40, 36): (2, 40, 36), (64, 256, 3): (3, 64, 256),
+    (3, 240, 60): (3, 240, 60), (84, 84): (1, 84, 84),
+}  # fmt: skip
+
+for each in (Coded, Walk, Unpainted, Catch, Cam, CamScaled, Winner, Trail, Mission, Blank, Clock, Negative, Never):
+    gym.register(f"{each.__name__}-v0", entry_point=each)
+gym.register("Both-v0", entry_point=Clock, kwargs={"both": True})
+gym.register("Lake-v0", entry_point="gymnasium.envs.toy_text.frozen_lake:FrozenLakeEnv", max_episode_steps=20,
+             kwargs={"desc": ["SF", "FG"], "is_slippery": False})
 gym.register("Endless-v0", entry_point=Walk, kwargs={"limit": -1})
-gym.register("ALE/Lives-v0", entry_point=Lives)  # a name that lets it have the settings of Atari games
-gym.register("Halves-v0", entry_point=lambda: gym.make("CartPole-v1"), vector_entry_point=Halves)
-gym.register("Stuck-v0", entry_point=Walk, kwargs={"fault": "stuck"})
-gym.register("Slow-v0", entry_point=Walk, kwargs={"fault": "slow"})
-gym.register("SameStep-v0", entry_point=Walk, vector_entry_point=SameStep)
-gym.register("Sentence-v0", entry_point=Walk, kwargs={"space": spaces.Sequence(spaces.Discrete(3))})
-gym.register("Unpainted-v0", entry_point=Unpainted)
 gym.register("Unbuilt-v0", entry_point="a_simulator_nobody_has:Env")
-for fault in ("observation", "reward", "raise"):
+for fault in ("observation", "reward", "raise", "stuck"):
     gym.register(f"Faulty-{fault}-v0", entry_point=Walk, kwargs={"fault": fault})
 for name, space in SPACES.items():
     gym.register(f"Space-{name}-v0", entry_point=Walk, kwargs={"space": space})

@@ -8,283 +8,257 @@ import numpy as np
 import pytest
 import torch
 
-import dqn
-from dqn import Args, Learner, ReplayBuffer, UsageError, make_envs
-from environments import Coded
+from dqn import Args, ReplayBuffer, UsageError, make_envs
 
-GAMMA = 0.5  # powers of it are exact
+CPU = torch.device("cpu")
 
 
-def fill(num_envs, capacity, passes, n_step=1):
-    """A buffer after so many steps of `num_envs` Coded environments, actions 0, 1, 2, 3, 0, …, and the steps taken."""
-    envs = gym.vector.SyncVectorEnv([lambda number=i: Coded(number) for i in range(num_envs)])
-    buffer = ReplayBuffer(capacity, num_envs, envs.single_observation_space, 4, n_step, GAMMA)
-    observations, _ = envs.reset(seed=0)
-    buffer.reset(observations)
-    stream = []  # every real step, in order: (environment, episode, step), by pass
-    ended = np.zeros(num_envs, bool)
-    for i in range(passes):
-        stream.append([tuple(map(int, observations[e])) for e in range(num_envs) if not ended[e]])
-        actions = np.full(num_envs, i % 4)
-        observations, rewards, terminated, truncated, _ = envs.step(actions)
-        ended = terminated | truncated
-        buffer.add(actions, rewards, terminated, ended, observations)
-    return buffer, stream
+def make_buffer(num_envs, space=None, **settings):
+    space = gym.spaces.Box(0, 1e6, (2,), np.float32) if space is None else space
+    envs = SimpleNamespace(num_envs=num_envs, single_observation_space=space)
+    return ReplayBuffer(Args(num_envs=num_envs, **settings), envs, CPU)
 
 
-def transition(environment, episode, step, known, n_step):
-    """What a sample from that step must hold, worked out from the environment's definition.
+class Stream:
+    """Random steps of N environments, fed to a buffer and kept in plain lists.
 
-    Returns:
-        reward, number of the next step, discount; `known` is the set of all steps in the stream.
+    A frame is a number that occurs once, and its negative. Each environment has a list of rows: (frame, frames of the
+    episode up to it, action, reward, terminated), or for a step that only resets (frame, frames, None, None, None).
     """
-    length = Coded.length(environment, episode)
-    end = min(step + n_step, length)
-    while (environment, episode, end - 1) not in known:
-        end -= 1  # the stream stops here
-    reward = sum(GAMMA**i * Coded.reward(environment, episode, step + i) for i in range(end - step))
-    terminated = end == length and Coded.flags(episode)[0]
-    return reward, end, 0.0 if terminated else GAMMA ** (end - step)
+
+    def __init__(self, buffer, num_envs, frame_stack, seed):
+        self.buffer, self.frame_stack, self.rng = buffer, frame_stack, np.random.default_rng(seed)
+        self.rows = [[] for _ in range(num_envs)]
+        self.over = np.zeros(num_envs, bool)
+        self.number = 0
+        self.episodes = [[] for _ in range(num_envs)]  # frames of the episode under way
+        self.begin()
+
+    def stack(self, frames):
+        blank = [(0, 0)] * self.frame_stack
+        return (blank + [(frame, -frame) for frame in frames])[-self.frame_stack :]
+
+    def observe(self, env):
+        self.number += 1
+        self.episodes[env].append(self.number)
+        stack = self.stack(self.episodes[env])
+        return stack if self.frame_stack > 1 else stack[0]
+
+    def begin(self):
+        """Begin all episodes anew; from where they were, no step is taken."""
+        for env, rows in enumerate(self.rows):
+            rows.append(((self.episodes[env] or [0])[-1], list(self.episodes[env]), None, None, None))
+            self.episodes[env] = []
+        observations = [self.observe(env) for env in range(len(self.rows))]
+        self.buffer.begin_episodes(np.array(observations, np.float32))
+        self.over[:] = False
+
+    def step(self):
+        count = len(self.rows)
+        actions, rewards = self.rng.integers(4, size=count), self.rng.normal(size=count) * 3
+        terminated, truncated = self.rng.random((2, count)) < 0.15
+        terminated &= ~self.over
+        truncated &= ~self.over
+        rewards[self.over] = 0
+        observations = []
+        for env, rows in enumerate(self.rows):
+            frames = list(self.episodes[env])
+            if self.over[env]:
+                rows.append((frames[-1], frames, None, None, None))
+                self.episodes[env] = []
+            else:
+                rows.append((frames[-1], frames, actions[env], rewards[env], terminated[env]))
+            observations.append(self.observe(env))
+        self.buffer.add(actions, rewards, terminated, truncated, np.array(observations, np.float32))
+        self.over = terminated | truncated
+
+    def expected(self, env, t, n_step, gamma, clip):
+        """Walk from row t: (stack, action, return, stack it leads to, discount)."""
+        rows = [*self.rows[env], (None, list(self.episodes[env]), None, None, None)]
+        total, discount, m = 0.0, 1.0, 0
+        while m < n_step and rows[t + m][2] is not None:
+            reward = rows[t + m][3]
+            total += gamma**m * (max(-1.0, min(1.0, reward)) if clip else reward)
+            discount *= gamma
+            m += 1
+            if rows[t + m - 1][4]:
+                discount = 0.0
+                break
+        return self.stack(rows[t][1]), rows[t][2], total, self.stack(rows[t + m][1]), discount
 
 
-@pytest.mark.parametrize("n_step", [1, 3, 5])
-@pytest.mark.parametrize(("num_envs", "capacity", "passes"), [
-    (1, 50, 20), (1, 50, 50), (1, 50, 51), (1, 50, 333), (3, 50, 400), (8, 64, 5), (8, 64, 1000), (8, 8, 100),
-    (64, 1000, 777), (1, 1, 40), (1, 2, 41),
-])
-def test_every_sample_is_a_true_transition(num_envs, capacity, passes, n_step):
-    buffer, stream = fill(num_envs, capacity, passes, n_step)
-    held = {step for row in stream[-(buffer.num_rows - 1):] for step in row}
-    known = {step for row in stream for step in row}
-    batch = buffer.sample(4000, np.random.default_rng(0))
-    for observation, reward, following, discount in zip(
-        batch.observations.tolist(), batch.rewards.tolist(), batch.next_observations.tolist(),
-        batch.discounts.tolist(), strict=True,
-    ):
-        environment, episode, step = map(int, observation)
-        assert (environment, episode, step) in held
-        assert step < Coded.length(environment, episode), "a reset step was sampled"
-        expected_reward, next_step, expected_discount = transition(environment, episode, step, known, n_step)
-        assert following == [environment, episode, next_step]
-        assert (reward, discount) == (expected_reward, expected_discount)
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("frame_stack", [1, 4])
+@pytest.mark.parametrize("n_step", [1, 3, 10])
+@pytest.mark.parametrize(("num_envs", "buffer_size"), [(1, 10), (1, 1000), (3, 60), (8, 100), (8, 8)])
+def test_samples_are_those_of_a_brute_force_walk(num_envs, buffer_size, n_step, frame_stack, clip):
+    """Terminations, truncations and restarts at random; before the ring is full, and many times around it."""
+    space = gym.spaces.Box(-np.inf, np.inf, (frame_stack, 2) if frame_stack > 1 else (2,), np.float32)
+    settings = dict(buffer_size=buffer_size, n_step=n_step, gamma=0.9, frame_stack=frame_stack, clip_rewards=clip)
+    buffer = make_buffer(num_envs, space, **settings)
+    stream = Stream(buffer, num_envs, frame_stack, seed=num_envs + n_step)
+    rng = np.random.default_rng(0)
+    for passes in range(1, 200):
+        stream.step()
+        if stream.rng.random() < 0.05:
+            stream.begin()
+        if passes < n_step + frame_stack + 3 or passes % 13:
+            continue
+        newest = len(stream.rows[0]) - n_step  # the row from which n steps have been taken
+        oldest = max(newest - max(buffer_size // num_envs, 3), frame_stack - 1)
+        held = {rows[t][0]: (env, t) for env, rows in enumerate(stream.rows)
+                for t in range(oldest, newest + 1) if t < len(rows) and rows[t][2] is not None}
+        batch = buffer.sample(300, rng)
+        for observation, action, reward, following, discount in zip(*(each.tolist() for each in batch), strict=True):
+            stack = observation if frame_stack > 1 else [observation]
+            env, t = held[stack[-1][0]]  # a KeyError is a reset step, or one that should be gone or is incomplete
+            expected = stream.expected(env, t, n_step, 0.9, clip)
+            following = following if frame_stack > 1 else [following]
+            assert [tuple(frame) for frame in stack] == expected[0]
+            assert action == expected[1]
+            assert reward == pytest.approx(expected[2], abs=1e-5)
+            assert [tuple(frame) for frame in following] == expected[3]
+            assert discount == pytest.approx(expected[4], abs=1e-6)
 
 
-@pytest.mark.parametrize(("num_envs", "passes"), [(1, 90), (4, 20), (4, 25), (4, 26), (4, 137)])
-def test_samples_are_uniform_over_all_held_transitions(num_envs, passes):
-    buffer, stream = fill(num_envs, 100, passes)
-    held = [step for row in stream[-(buffer.num_rows - 1):] for step in row]
-    draws = 200 * len(held)
-    observations = buffer.sample(draws, np.random.default_rng(1)).observations.numpy().astype(int)
-    counts = Counter(map(tuple, observations))
-    assert counts.keys() == set(held), "the oldest and the newest transition can be drawn"
-    chi_square = sum((counts[step] - 200) ** 2 / 200 for step in held)
+@pytest.mark.parametrize(("num_envs", "passes"), [(1, 300), (4, 30), (4, 137)])
+def test_samples_are_uniform_over_all_real_steps(num_envs, passes):
+    buffer = make_buffer(num_envs, buffer_size=100, n_step=2)
+    stream = Stream(buffer, num_envs, 1, seed=5)
+    for _ in range(passes):
+        stream.step()
+    newest = len(stream.rows[0]) - 2
+    held = [rows[t][0] for rows in stream.rows for t in range(max(newest - 100 // num_envs, 0), newest + 1)
+            if rows[t][2] is not None]
+    counts = Counter(buffer.sample(200 * len(held), np.random.default_rng(1)).observations[:, 0].int().tolist())
+    assert counts.keys() == set(held), "from the oldest to the newest"
+    chi_square = sum((counts[frame] - 200) ** 2 / 200 for frame in held)
     freedom = len(held) - 1
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5  # mean and deviation of the distribution
 
 
-@pytest.mark.parametrize(("num_envs", "held"), [(1, 100), (8, 104), (100, 300)])
-def test_a_full_buffer_holds_its_capacity_in_whole_rows_and_three_at_least(num_envs, held):
-    buffer = ReplayBuffer(100, num_envs, Coded.observation_space, 4)
-    buffer.reset(np.zeros((num_envs, 3)))
-    for _ in range(250):
-        buffer.add(*np.zeros((4, num_envs), bool), np.zeros((num_envs, 3)))
-    assert len(np.unique(buffer.draw(20_000, np.random.default_rng(0)))) == held
+def test_the_example_of_the_docstring():
+    """Episodes o and p of two steps, the first terminated, the second truncated; gamma 0.5, two steps."""
+    buffer = make_buffer(1, buffer_size=20, n_step=2, gamma=0.5)
+    buffer.begin_episodes(np.full((1, 2), 10.0, np.float32))  # o0
 
+    def add(reward, terminated, truncated, frame):
+        row = np.array([0]), np.array([reward]), np.array([terminated]), np.array([truncated])
+        buffer.add(*row, np.full((1, 2), frame, np.float32))
 
-@pytest.mark.parametrize("passes", [1, 2, 3, 5, 6, 7, 12, 40])
-@pytest.mark.parametrize("n_step", [1, 3])
-def test_a_reset_of_all_environments_truncates_what_was_under_way(passes, n_step):
-    """Ring of 20 rows, episodes of length 1 to 6: the resets meet first, middle and last steps, and reset steps."""
-    envs = gym.vector.SyncVectorEnv([lambda i=i: Coded(i) for i in range(3)])
-    buffer = ReplayBuffer(60, 3, envs.single_observation_space, 4, n_step, 0.5)
-    buffer.reset(envs.reset()[0])
-    last = []
-    for i in range(1, 60):
-        observations, rewards, terminated, truncated, _ = envs.step(np.zeros(3, int))
-        buffer.add(np.zeros(3, int), rewards, terminated, terminated | truncated, observations)
-        if i % passes == 0:
-            last = [*last, *map(tuple, buffer.newest().int().tolist())]
-            buffer.reset(envs.reset()[0])
-    batch = buffer.sample(3000, np.random.default_rng(0))
-    for (number, episode, step), (_, after, end), discount in zip(
-            batch.observations.int().tolist(), batch.next_observations.int().tolist(), batch.discounts, strict=True):
-        assert step < Coded.length(number, episode), "a reset step was sampled"
-        assert (number, episode, step) not in last, "the step to a new beginning was sampled"
-        assert after == episode, "a walk crossed a reset"
-        whole = end == Coded.length(number, episode)
-        terminated = whole and Coded.flags(episode)[0]
-        assert discount == (0 if terminated else 0.5 ** (end - step))
-        assert end - step == n_step or whole or (number, episode, end) in last or i == 59
-
-
-def stacks(newest, frames):
-    """The stacks that end with the frames (B, 3) of Coded environments, worked out from what the frames say."""
-    stacked = np.repeat(newest[:, None], frames, axis=1)
-    stacked[:, :, 2] -= np.arange(frames - 1, -1, -1)
-    stacked[stacked[:, :, 2] < 0] = 0  # before the episode's first frame
-    return stacked
-
-
-@pytest.mark.parametrize("reset_every", [1000, 9, 4])
-@pytest.mark.parametrize("n_step", [1, 3])
-@pytest.mark.parametrize("frames", [2, 3, 4])
-@pytest.mark.parametrize(("num_envs", "rows"), [(1, 12), (3, 3), (3, 7), (3, 100)])
-def test_stacks_are_gymnasiums_and_those_of_every_held_step_can_be_sampled(num_envs, rows, frames, n_step, reset_every):
-    """Up to ten times around the ring; resets of a running stream meet steps of all kinds."""
-    envs = gym.vector.SyncVectorEnv([  # numbers from 1: no frame is blank
-        lambda i=i: gym.wrappers.FrameStackObservation(Coded(1 + i), frames, padding_type="zero")
-        for i in range(num_envs)])
-    buffer = ReplayBuffer(num_envs * rows, num_envs, envs.single_observation_space, 4, n_step, GAMMA, frames)
-    rng, stream = np.random.default_rng(0), []  # of each row the frames that a real step began with
-    observations, _ = envs.reset()
-    buffer.reset(observations)
-    ended = np.zeros(num_envs, bool)
-    for i in range(1, 61):
-        taken = observations[~ended, -1]
-        _, rewards, terminated, truncated, _ = step = envs.step(np.zeros(num_envs, int))
-        observations, ended = step[0], terminated | truncated
-        buffer.add(np.zeros(num_envs), rewards, terminated, ended, observations)
-        stream.append(taken)
-        if i % reset_every == 0:
-            observations, _ = envs.reset()
-            ended[:] = False
-            buffer.reset(observations)
-            stream.append(taken[:0])
-        assert np.array_equal(buffer.newest(), observations)
-        held = np.unique(np.concatenate(stream[-rows:]), axis=0)
-        if len(held):
-            batch = buffer.sample(20 * len(held), rng)
-            sampled, following = batch.observations.numpy(), batch.next_observations.numpy()
-            assert np.array_equal(np.unique(sampled[:, -1], axis=0), held)
-            assert np.array_equal(sampled, stacks(sampled[:, -1], frames))
-            assert np.array_equal(following, stacks(following[:, -1], frames))
-    known = {tuple(step) for row in stream for step in row.astype(int).tolist()}
-    for start, reward, end, discount in zip(sampled[:, -1].astype(int).tolist(), batch.rewards.tolist(),
-                                            following[:, -1].tolist(), batch.discounts.tolist(), strict=True):
-        expected_reward, next_step, expected_discount = transition(*start, known, n_step)
-        assert end == [*start[:2], next_step]
-        assert (reward, discount) == (expected_reward, expected_discount)
-
-
-def test_blank_frames_are_gymnasiums_where_zero_is_no_observation():
-    args = Args(env_id="environments:Space-positive-v0", frame_stack=3)
-    envs = make_envs(args, 2)
-    buffer = ReplayBuffer(50, 2, envs.single_observation_space, 3, frame_stack=3)
-    observations, _ = envs.reset(seed=0)
-    buffer.reset(observations)
-    for _ in range(25):
-        assert np.array_equal(buffer.newest(), observations)
-        observations, rewards, terminated, truncated, _ = envs.step(np.full(2, 5))
-        buffer.add(np.zeros(2), rewards, terminated, terminated | truncated, observations)
-
-
-@pytest.mark.parametrize("game", ["Pong", "Breakout"])
-def test_stacks_are_those_of_ale_pys_own_vectors(game):
-    """Nine times around the ring; with random actions Breakout is over after some two hundred steps."""
-    envs = make_envs(Args(env_id=f"ALE/{game}-v5"), 2)
-    assert envs.single_observation_space.shape == (4, 84, 84)
-    buffer = ReplayBuffer(90, 2, envs.single_observation_space, 6, frame_stack=4)
-    rng, steps, ends = np.random.default_rng(0), [], 0  # steps: the two observations of each real one, by row
-    observations, _ = envs.reset(seed=1)
-    buffer.reset(observations)
-    ended = np.zeros(2, bool)
-    for _ in range(400):
-        before, real = observations.copy(), ~ended
-        actions = rng.integers(envs.single_action_space.n, size=2)
-        observations, rewards, terminated, truncated, _ = envs.step(actions)
-        ended = terminated | truncated
-        buffer.add(actions, rewards, terminated, ended, observations)
-        assert torch.equal(buffer.newest(), torch.from_numpy(observations))
-        steps.append({(a.tobytes(), b.tobytes()) for a, b in zip(before[real], observations[real], strict=True)})
-        ends += ended.sum()
-        batch = buffer.sample(16, rng)
-        held = set().union(*steps[-45:])
-        assert all((a.tobytes(), b.tobytes()) in held
-                   for a, b in zip(batch.observations.numpy(), batch.next_observations.numpy(), strict=True))
-    assert ends >= 2 or game == "Pong"
-    envs.close()
-
-
-def test_the_action_of_a_transition_is_kept():
-    envs = gym.vector.SyncVectorEnv([lambda: Coded(0)])
-    buffer = ReplayBuffer(100, 1, envs.single_observation_space, 4)
-    buffer.reset(envs.reset()[0])
-    taken = {}
-    for i in range(60):
-        action = i * 7 % 4
-        taken[tuple(buffer.newest()[0].tolist())] = action
-        observations, rewards, terminated, truncated, _ = envs.step(np.array([action]))
-        buffer.add(np.array([action]), rewards, terminated, terminated | truncated, observations)
-    batch = buffer.sample(500, np.random.default_rng(0))
-    assert batch.actions.tolist() == [taken[tuple(observation)] for observation in batch.observations.tolist()]
+    for step in ((1.0, False, False, 11), (2.0, True, False, 12), (0, False, False, 20), (4.0, False, False, 21),
+                 (8.0, False, True, 22), (0, False, False, 30), (16.0, False, False, 31)):
+        add(*step)
+    assert buffer.is_reset[:8, 0].tolist() == [True, False, False, True, False, False, True, False]
+    assert buffer.terminated[:8, 0].tolist() == [False, False, True, False, False, False, False, False]
+    assert buffer.age[1:8, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    batch = buffer.sample(200, np.random.default_rng(0))
+    found = {observation: rest for observation, *rest in zip(
+        batch.observations[:, 0].tolist(), batch.rewards.tolist(), batch.next_observations[:, 0].tolist(),
+        batch.discounts.tolist(), strict=True)}
+    assert found == {
+        10: [1 + 0.5 * 2, 12, 0.0],  # terminated within two steps
+        11: [2.0, 12, 0.0],
+        20: [4 + 0.5 * 8, 22, 0.25],  # truncated: bootstraps from p2
+        21: [8.0, 22, 0.5],
+    }
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float64", "float32"), ("float16", "float32"), ("uint8", "uint8"),
-                                               ("int64", "int64"), ("bool", "bool"), ("uint16", "uint16")])
-def test_only_floats_change_their_dtype(dtype, stored):
-    space = gym.spaces.Box(0, 1, (2,), np.dtype(dtype).type)
-    buffer = ReplayBuffer(10, 1, space, 2)
-    buffer.reset(np.ones((1, 2), dtype))
-    buffer.add(*np.zeros((4, 1), bool), np.ones((1, 2), dtype))
+                                               ("int64", "float32"), ("bool", "bool"), ("uint16", "float32")])
+def test_bytes_and_booleans_are_stored_as_such_and_all_else_as_float32(dtype, stored):
+    buffer = make_buffer(1, gym.spaces.Box(0, 1, (2,), np.dtype(dtype).type), buffer_size=10)
+    buffer.begin_episodes(np.ones((1, 2), dtype))
+    for _ in range(5):
+        buffer.add(*np.zeros((4, 1), bool), np.ones((1, 2), dtype))
     assert str(buffer.frames.dtype) == f"torch.{stored}"
     assert buffer.sample(3, np.random.default_rng(0)).observations.sum() == 6
 
 
-def test_memory_is_within_three_percent_of_what_a_transition_holds():
-    space = gym.spaces.Box(-1, 1, (4,), np.float32)
+def held_bytes(buffer):
+    return sum(array.nbytes for array in vars(buffer).values() if isinstance(array, np.ndarray | torch.Tensor))
+
+
+def test_a_transition_takes_its_frame_and_18_bytes():
     for num_envs in (1, 8, 64):
-        buffer = ReplayBuffer(10_000, num_envs, space, 2)
-        arrays = (buffer.frames, buffer.actions, buffer.rewards, buffer.terminated, buffer.ended)
-        transition_bytes = 4 * 4 + 1 + 4 + 2
-        assert sum(array.nbytes for array in arrays) <= 1.03 * 10_000 * transition_bytes
-
-
-def test_a_buffer_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(dqn, "available_memory", lambda: 1e6)
-    args = Args(tuned=False, buffer_size=100_000)
-    with pytest.raises(UsageError, match=r"--buffer-size 100000.*needs.*GiB.*at most 43,477"):  # 1e6 / 23 - 1
-        Learner(args, make_envs(args, 1), dqn.Ranks())
-
-
-# of steps 0, 3 and 4: 5 - 2/2 + 2/4, -0.5 - 1.5/2 + 1/4, and -1.5 + 1/2 where the stream stops
-@pytest.mark.parametrize(("clip", "expected"), [(False, [4.5, -1.0, -1.0]), (True, [0.75, -0.75, -0.5])])
-def test_clipped_rewards_are_clipped_before_they_are_summed_and_kept_as_they_were(clip, expected):
-    buffer = ReplayBuffer(100, 1, gym.spaces.Box(0, 9, (1,), np.float32), 2, 3, GAMMA, clip_rewards=clip)
-    buffer.reset(np.zeros((1, 1)))
-    rewards = [5.0, -2.0, 2.0, -0.5, -1.5, 1.0]
-    for step, reward in enumerate(rewards, 1):
-        buffer.add(np.zeros(1), np.array([reward]), np.zeros(1, bool), np.zeros(1, bool), np.full((1, 1), step))
-    batch = buffer.sample(200, np.random.default_rng(0))
-    sums = dict(zip(batch.observations[:, 0].tolist(), batch.rewards.tolist(), strict=True))
-    assert [sums[0], sums[3], sums[4]] == expected
-    assert buffer.rewards[:6].tolist() == rewards
+        assert held_bytes(make_buffer(num_envs, buffer_size=10_000)) <= 1.03 * 10_000 * (8 + 18)
 
 
 def test_an_atari_transition_takes_7100_bytes_at_most():
-    envs = make_envs(Args(env_id="ALE/Pong-v5"), 1)
-    buffer = ReplayBuffer(10_000, 8, envs.single_observation_space, 6, 3, 0.99, 4)
-    arrays = (buffer.frames, buffer.actions, buffer.rewards, buffer.terminated, buffer.ended)
-    assert sum(array.nbytes for array in arrays) <= 7_100 * 10_000
+    space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    assert held_bytes(make_buffer(1, space, buffer_size=10_000, frame_stack=4, n_step=3)) <= 7_100 * 10_000
+
+
+def test_a_buffer_that_does_not_fit_is_refused_before_memory_is_taken(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2.5e6))
+    make_buffer(1, buffer_size=90_000)  # of 26 bytes each
+    monkeypatch.setattr(torch, "zeros", None)
+    with pytest.raises(UsageError, match=r"^--buffer-size 100000: takes 0\.0 GiB of memory, .*; make it smaller$"):
+        make_buffer(1, buffer_size=100_000)
 
 
 def test_a_million_atari_transitions_need_between_6_and_7_2_gigabytes(monkeypatch):
-    args = Args(env_id="ALE/Pong-v5")
-    assert (args.buffer_size, args.frame_stack, args.num_envs) == (1_000_000, 4, 32)
-    space, shapes = make_envs(args, 1).single_observation_space, []
+    space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **settings: None)
+    for available, fits in ((6e9, False), (7.2e9, True)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=available: SimpleNamespace(available=free))
+        try:
+            make_buffer(32, space, buffer_size=1_000_000, frame_stack=4)
+        except UsageError:
+            assert not fits
+        else:
+            assert fits
 
-    def zeros(shape, **settings):
-        shapes.append(shape)
-        raise MemoryError  # before anything is allocated
 
-    monkeypatch.setattr(torch, "zeros", zeros)
-    refusal = r"^--buffer-size 1000000: .*needs 6\.6 GiB, 5\.6 GiB are free; must be at most 849,\d\d\d$"
-    for memory, outcome, message in ((6e9, UsageError, refusal), (7.2e9, MemoryError, None)):
-        monkeypatch.setattr(dqn, "available_memory", lambda memory=memory: memory)
-        with pytest.raises(outcome, match=message):
-            ReplayBuffer(args.buffer_size, args.num_envs, space, 6, args.n_step, args.gamma, args.frame_stack)
-    monkeypatch.setattr(dqn, "Ranks", lambda: SimpleNamespace(size=4))
-    monkeypatch.setattr(dqn, "available_memory", lambda: 1.5e9)  # a quarter
-    refusal = r"^--buffer-size 1000000: .*needs 1\.6 GiB for each rank, 1\.4 GiB are free; must be at most 849,\d\d\d$"
-    with pytest.raises(UsageError, match=refusal):
-        ReplayBuffer(args.buffer_size // 4, args.num_envs // 4, space, 6, args.n_step, args.gamma, args.frame_stack)
-    assert shapes == [(1_000_129, 84, 84)], "31,250 rows of 32, four for the stack of the oldest, a blank frame"
+def test_a_restored_buffer_draws_the_same_samples_and_goes_on_alike():
+    one, other = (make_buffer(3, buffer_size=60, n_step=3) for _ in range(2))
+    stream = Stream(one, 3, 1, seed=1)
+    for _ in range(50):
+        stream.step()
+    other.load_state_dict({name: value.clone() if isinstance(value, torch.Tensor) else value
+                           for name, value in one.state_dict().items()})
+    for buffer in (one, other):
+        again = Stream(buffer, 3, 1, seed=2)
+        for _ in range(9):
+            again.step()
+    samples = [buffer.sample(100, np.random.default_rng(0)) for buffer in (one, other)]
+    assert all(map(torch.equal, *samples))
+
+
+@pytest.mark.parametrize("frame_stack", [1, 3])
+def test_stacks_from_the_buffer_are_gymnasiums(frame_stack):
+    args = Args(env_id="environments:Catch-v0", frame_stack=frame_stack, buffer_size=200, num_envs=2)
+    envs = make_envs(args, 2)
+    buffer, rng, seen = ReplayBuffer(args, envs, CPU), np.random.default_rng(0), set()
+    observations, _ = envs.reset(seed=0)
+    buffer.begin_episodes(observations)
+    for _ in range(60):
+        seen |= {observation.tobytes() for observation in observations}
+        actions = rng.integers(3, size=2)
+        observations, rewards, terminated, truncated, _ = envs.step(actions)
+        buffer.add(actions, rewards, terminated, truncated, observations)
+    seen |= {observation.tobytes() for observation in observations}
+    batch = buffer.sample(500, rng)
+    for stacks in (batch.observations, batch.next_observations):
+        assert {stack.numpy().tobytes() for stack in stacks} <= seen
+    assert batch.observations.shape[1:] == envs.single_observation_space.shape
+
+
+def test_ale_pys_stacks_are_those_from_the_buffer():
+    args = Args(env_id="ALE/Breakout-v5", frame_stack=4, buffer_size=1000, num_envs=2)
+    envs = make_envs(args, 2)
+    buffer, rng, seen, ends = ReplayBuffer(args, envs, CPU), np.random.default_rng(0), set(), 0
+    observations, _ = envs.reset(seed=0)
+    buffer.begin_episodes(observations)
+    for _ in range(400):
+        seen |= {observation.tobytes() for observation in observations}
+        actions = rng.integers(4, size=2)
+        observations, rewards, terminated, truncated, _ = envs.step(actions)
+        buffer.add(actions, rewards, terminated, truncated, observations)
+        ends += terminated.sum()
+    assert ends >= 2
+    seen |= {observation.tobytes() for observation in observations}
+    batch = buffer.sample(1000, rng)
+    for stacks in (batch.observations, batch.next_observations):
+        assert {stack.numpy().tobytes() for stack in stacks} <= seen
+    envs.close()
