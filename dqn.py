@@ -12,7 +12,8 @@ from there on. It is fitted to a target that an older copy of itself, the target
 
     td_target = r + gamma * max_a' Q_target(s', a')
 
-Three additions are on by default; --no-double-q --no-layer-norm --no-anneal-lr leaves them out.
+The command line begins with what TUNED has for an environment: CartPole-v1 looks ten steps ahead,
+for example. Plain DQN is --no-tuned --no-double-q --no-layer-norm --no-anneal-lr.
 
 Settings come first, then what learns (environments, network, replay buffer, agent), then the loop,
 `train`. All that follows serves the loop: log, evaluation, files, processes, the command line.
@@ -60,9 +61,10 @@ from tqdm import tqdm
 
 # torchrun starts several processes. Each has its part of the environments, the buffer and every
 # batch, and gradients are averaged. Without torchrun, this process is the only one.
-RANK = int(os.environ.get("RANK", 0))  # number of this process; number 0 also evaluates and logs
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # number on its machine
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))  # number of this process; 0 evaluates, and logs what it sees
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # the same two on this machine
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class UsageError(ValueError):
@@ -79,12 +81,12 @@ class TrainingError(RuntimeError):
 class Args:
     """All settings. For environments that it lists, TUNED (below) replaces these defaults.
 
-    Steps are environment steps, of all environments together: eight take eight at a time.
+    Steps are those of all environments together: with eight, a pass of the loop is eight steps.
     """
 
     # the experiment
     env_id: str = "CartPole-v1"  # Gymnasium id; "module:Id-v0" imports the module first
-    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # arguments of it
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # its arguments
     num_envs: int = 1  # environments stepped side by side
     async_envs: bool = False  # each environment in a process of its own, for slow ones
     frame_stack: int = 1  # newest frames that make up an observation
@@ -94,7 +96,7 @@ class Args:
     tuned: bool = True  # begin with TUNED; flags that are given still win
 
     # the network
-    hidden_sizes: tuple[int, ...] = (120, 84)  # units of hidden layers; with none Q is linear
+    hidden_sizes: tuple[int, ...] = (120, 84)  # units of hidden layers; none: no such layers
     dueling: bool = False  # the last layer gives a state value and advantages
     layer_norm: bool = True  # normalise before each activation
 
@@ -107,7 +109,7 @@ class Args:
     train_frequency: int = 10  # steps between two gradient steps
     gamma: float = 0.99  # discount factor
     n_step: int = 1  # rewards summed before the target bootstraps
-    double_q: bool = True  # the Q-network picks the action whose value the target network tells
+    double_q: bool = True  # the Q-network picks a', the target network values it
     target_network_frequency: int = 500  # steps between two updates of the target network
     tau: float = 1.0  # how far the target network moves in an update: 1 is a copy
     loss: Literal["mse", "huber"] = "mse"  # between Q(s, a) and the target
@@ -119,23 +121,23 @@ class Args:
     exploration_fraction: float = 0.2  # share of total_timesteps that the decay takes
 
     # evaluation, saving, logging
-    eval_frequency: int = 25_000  # steps between two greedy evaluations, 0 = only at the end
+    eval_frequency: int = 25_000  # steps between two greedy evaluations; 0: only at the end
     eval_episodes: int = 20  # episodes of an evaluation, played side by side
     eval_max_steps: int = 10_000  # an episode of an evaluation is cut after so many steps
     stop_return: float = math.inf  # end the run once an evaluation reaches this mean return
-    checkpoint_frequency: int = 50_000  # steps between two checkpoints (see restart); 0: at the end
+    checkpoint_frequency: int = 50_000  # steps between two checkpoints, which restart episodes
     save_model: bool = True  # write model.pt, the best network by greedy evaluation
     capture_video: bool = False  # record greedy episodes at the end
     exp_name: str = "dqn"  # part of the run folder's name
     track: bool = False  # mirror the log to Weights & Biases
-    wandb_project_name: str = "dqn"  # project there
-    wandb_entity: str | None = None  # team there
+    wandb_project_name: str = "dqn"  # W&B project
+    wandb_entity: str | None = None  # W&B team
     cuda: bool = True  # use a GPU where there is one
     compile: bool = False  # compile the networks, which takes a minute
     torch_deterministic: bool = True  # have cuDNN use deterministic kernels only
 
     # instead of a new run
-    resume: str | None = None  # folder of a run to go on with; if empty, a new one begins there
+    resume: str | None = None  # folder of a run to go on with; if empty, a new run starts
     evaluate: str | None = None  # folder of a run whose best network plays
 
 
@@ -175,7 +177,7 @@ TUNED: dict[str, dict] = {
 # ------------------------------------------------------------------------------------ environments
 
 class WithoutInfo(gym.Wrapper):
-    """Drop info: DQN does not read it, and Gymnasium cannot put every kind of it side by side."""
+    """Drop info, which DQN does not read and Gymnasium cannot always batch."""
 
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
@@ -185,8 +187,8 @@ class WithoutInfo(gym.Wrapper):
 
 
 def wrap(env, args, video_folder, main_process):
-    """Turn one environment's observations into numbers (*shape), or stacks (frames, *shape)."""
-    if os.getpid() != main_process:  # with async_envs
+    """Wrap one environment: its observations become numbers (*shape), or (frames, *shape)."""
+    if os.getpid() != main_process:  # a process of async_envs leaves Ctrl-C to the main one
         ignore_signals()
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
@@ -249,10 +251,15 @@ MNIH = (32, 8, 4), (64, 4, 2), (64, 3, 1)
 YOUNG = ((16, 3, 1),)  # for images below 36 x 36
 
 
+def ratio(one, other):
+    """Divide the longer of two lengths by the shorter."""
+    return max(one, other) / min(one, other)
+
+
 class QNetwork(nn.Module):
     """Q(s, ·): a multi-layer perceptron, behind convolutions if observations are images.
 
-    Images are bytes or booleans (height, width), or with channels before or after these two.
+    Images are bytes or booleans: (H, W), (C, H, W) or (H, W, C).
     """
 
     def __init__(self, args, envs):
@@ -261,18 +268,17 @@ class QNetwork(nn.Module):
         space = envs.single_observation_space
         frame_shape = space.shape[1:] if args.frame_stack > 1 else space.shape
 
-        # Of three sides the middle one is a height or a width, (84, 84, 3) or (3, 84, 84): channels
-        # are the side that differs more from it, as a factor, hence the logarithms.
+        # Height and width are the two neighbours that are more alike: (84, 84, 3) or (3, 84, 84).
         self.channels_last = False
         if len(frame_shape) == 3:
             first, middle, last = frame_shape
-            self.channels_last = abs(math.log(first / middle)) <= abs(math.log(last / middle))
+            self.channels_last = ratio(first, middle) <= ratio(middle, last)
         sides = frame_shape[:2] if self.channels_last else frame_shape[-2:]
-        of_bytes = space.dtype in (np.uint8, np.bool_)
-        self.is_image = of_bytes and len(frame_shape) in (2, 3) and min(sides) >= 3
+        is_pixels = space.dtype in (np.uint8, np.bool_)
+        self.is_image = is_pixels and len(frame_shape) in (2, 3) and min(sides) >= 3
 
-        # Scale bytes to [0, 1], and entries bounded by less than 0.1 to [-1, 1]: next to others the
-        # network would hardly notice them (MountainCar's velocity, at most 0.07).
+        # Scale bytes to [0, 1], and entries bounded by less than 0.1 to [-1, 1]: they would be lost
+        # beside larger ones (MountainCar's velocity, at most 0.07).
         bound = np.maximum(np.abs(np.float32(space.low)), np.abs(np.float32(space.high)))
         is_scaled = (bound == 255) | ((bound > 0) & (bound < 0.1))
         scale = np.where(is_scaled, 1 / np.maximum(bound, 1e-8), 1.0)
@@ -339,14 +345,14 @@ class ReplayBuffer:
     `terminated` only: its final observation, p2, is there to bootstrap from, as any other is.
     """
 
-    STATE = "frames", "actions", "rewards", "terminated", "is_reset", "age", "resets_next"
+    STATE = "frames", "actions", "rewards", "terminated", "is_reset", "age"
 
     def __init__(self, args, envs, device):
         """Take the memory. Raises UsageError if there is too little."""
         self.args = args
         self.device = device
         self.num_envs = envs.num_envs  # of this process; args.num_envs counts those of all
-        # `sample` leaves out rows at both ends, so these come on top. Three rows at least, as two
+        # `sample` skips n_step + frame_stack rows, so these are added. Three rows at least, as two
         # resets can follow each other (an episode's end, then a restart).
         self.num_rows = max(args.buffer_size // args.num_envs, 3) + args.n_step + args.frame_stack
         columns = self.num_rows, self.num_envs
@@ -354,7 +360,7 @@ class ReplayBuffer:
         frame_shape = space.shape[1:] if args.frame_stack > 1 else space.shape
         dtypes = {np.uint8: torch.uint8, np.bool_: torch.bool}
         dtype = dtypes.get(space.dtype.type, torch.float32)
-        place_bytes = math.prod(frame_shape) * dtype.itemsize + 18  # 18 of the arrays below
+        place_bytes = math.prod(frame_shape) * dtype.itemsize + 8 + 4 + 1 + 1 + 4  # arrays below
         check_memory(args, math.prod(columns) * place_bytes, device)
 
         # Frames are on the device that trains; the rest is NumPy's, which is faster at indexing.
@@ -366,7 +372,7 @@ class ReplayBuffer:
         self.terminated = np.zeros(columns, bool)
         self.is_reset = np.zeros(columns, bool)
         self.age = np.zeros(columns, np.int32)
-        self.resets_next = np.zeros(self.num_envs, bool)  # environments whose episode is over
+        self.resets_next = np.zeros(self.num_envs, bool)  # those that the next step only resets
         self.row = 0  # of the newest observations
         self.size = 0  # rows before it that are filled
 
@@ -377,8 +383,8 @@ class ReplayBuffer:
         self.add(nothing, nothing, nothing, nothing, observations)
 
     def add(self, actions, rewards, terminated, truncated, next_observations):
-        """Store a step: what it brought, (N,) each, and where it led, (N, *shape)."""
-        row = self.row
+        """Store a step: its outcome, (N,) each, and the next observations (N, *shape)."""
+        row = self.row  # it holds the observations that were acted on
         next_row = (row + 1) % self.num_rows
         self.actions[row] = actions
         self.rewards[row] = np.clip(rewards, -1, 1) if self.args.clip_rewards else rewards
@@ -406,8 +412,8 @@ class ReplayBuffer:
         If the episode ends within the n steps, so does the return. If it terminated, nothing is
         added; if it was truncated, the target bootstraps from its final observation (Pardo, 2.2).
         """
-        # The newest rows are left out, whose n steps are not all there yet, and the oldest, whose
-        # stacks are not all there any more.
+        # Skip the newest rows, whose returns are incomplete, and the oldest, whose stacks are. Rows
+        # below 0 count from the ring's end.
         newest = self.row - self.args.n_step
         oldest = self.row - self.size + self.args.frame_stack - 1
         rows = rng.integers(oldest, newest, batch_size, endpoint=True)
@@ -416,10 +422,10 @@ class ReplayBuffer:
             again = self.is_reset[rows, envs]
             rows[again] = rng.integers(oldest, newest, again.sum(), endpoint=True)
             envs[again] = rng.integers(self.num_envs, size=again.sum())
-        rows %= self.num_rows  # below 0 they count from the ring's end
+        rows %= self.num_rows
 
         # Follow each transition to the end of its episode. With n = 4 and an end after two steps,
-        # is_reset = F F T F, so same_episode = T T F F and m = 2.
+        # is_reset = F F T F, so same_episode = T T F F (False from the first reset on), m = 2.
         steps = np.arange(self.args.n_step)  # 0, ..., n - 1
         window = (rows[:, None] + steps) % self.num_rows, envs[:, None]  # the n steps, (B, n)
         same_episode = ~np.logical_or.accumulate(self.is_reset[window], axis=1)
@@ -468,7 +474,7 @@ class Agent:
         if args.compile:
             self.q_network.compile(dynamic=False)
             self.target_network.compile(dynamic=False)
-        # Gradients are taken through this one: with torchrun they are averaged over all processes.
+        # The loss calls this one, since with torchrun it averages gradients over all processes.
         self.training_network = self.q_network
         if dist.is_initialized():
             self.training_network = DistributedDataParallel(self.q_network, broadcast_buffers=False)
@@ -514,7 +520,7 @@ class Agent:
 
     @torch.no_grad()
     def sync_target(self):
-        """Move the target network, θ⁻ ← τθ + (1 - τ)θ⁻ (Lillicrap); tau = 1 copies (Mnih)."""
+        """Move the target network: θ⁻ ← τθ + (1-τ)θ⁻ (Lillicrap); tau = 1 copies (Mnih)."""
         parameters = zip(self.target_network.parameters(), self.q_network.parameters(), strict=True)
         for target, online in parameters:
             target.lerp_(online, self.args.tau)
@@ -522,7 +528,7 @@ class Agent:
 
 # ---------------------------------------------------------------------------------------- training
 
-LOG_FREQUENCY = 1_000  # steps between two entries in the log, of which a run has 20 at least
+LOG_FREQUENCY = 1_000  # steps between two entries in the log, or a twentieth of a shorter run
 ENVIRONMENTS, ACTIONS_AND_SAMPLES, EVALUATION, PLAY, PROBE = range(5)  # purposes of random numbers
 
 
@@ -532,17 +538,18 @@ def derive_seed(seed, *key):
 
 
 def due(frequency, step, num_envs):
-    """Tell if a multiple of `frequency` is among the last `num_envs` steps; never if it is 0."""
+    """Tell if one of the last `num_envs` steps is a multiple of `frequency`; never if that is 0."""
     return frequency > 0 and step % frequency < num_envs
 
 
 def restart(args, envs, replay, step):
     """Reset all environments and random numbers, with seeds that follow from (seed, step, rank).
 
-    A checkpoint cannot hold the state of an environment. So a run does this whenever it has saved
-    one, and a resumed run when it has read one: both go on from the same state, to the last bit.
-    The price: checkpoint_frequency is part of the experiment, and the buffer sees a truncation.
-    (Ctrl-C saves at a step of its own: what is resumed there is not equal to a run left alone.)
+    A run that was killed and resumed is equal to one left alone, to the last bit. A checkpoint
+    cannot hold the state of an environment, so a run restarts after each checkpoint, and a resumed
+    run after reading one. The price: checkpoint_frequency is part of the experiment, and the buffer
+    sees a truncation. (What Ctrl-C or stop_return ended has a checkpoint at a step of its own, so a
+    run that goes on from there is not equal to one left alone.)
     """
     observations, _ = envs.reset(seed=derive_seed(args.seed, ENVIRONMENTS, step, RANK))
     replay.begin_episodes(observations)
@@ -589,7 +596,7 @@ def train(args, signals=()):
     metrics = {}  # of the last gradient step
     stop = False
     while not stop:
-        # Act epsilon-greedily in all environments. A step that only resets one counts as a step.
+        # Act epsilon-greedily in all environments. A step that only resets one counts, too.
         epsilon = linear_schedule(args.start_e, args.end_e, decay_steps, global_step)
         actions = agent.act(observations, epsilon, rng)
         next_observations, rewards, terminated, truncated, infos = envs.step(
@@ -613,7 +620,7 @@ def train(args, signals=()):
             if step % args.target_network_frequency == 0:
                 agent.sync_target()
 
-        # Log and evaluate, in the first process.
+        # Log and evaluate, in the first process; the others wait for what it finds.
         if log:
             log.progress(infos, epsilon, global_step)
             if metrics and due(log.frequency, global_step, args.num_envs):
@@ -625,7 +632,7 @@ def train(args, signals=()):
                 best_return = log.evaluation(agent.q_network, best_return, global_step)
             best_return = from_rank_0(best_return)
 
-        # Save, then reset what a checkpoint does not hold.
+        # Save, then restart, as a run that is resumed from here does.
         stop = finished() or bool(signals)
         if due(args.checkpoint_frequency, global_step, args.num_envs) or stop:
             if log:
@@ -637,7 +644,7 @@ def train(args, signals=()):
 
     envs.close()
     if log:
-        log.finish(agent.q_network, interrupted=bool(signals))
+        log.finish(agent.q_network, interrupted=not finished())
     lock.release()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -651,7 +658,7 @@ def check_finite(step, **values):
     """Raise TrainingError for what float32 cannot hold, or is NaN; say who is to blame."""
     for name, value in values.items():
         if np.count_nonzero(np.abs(value) <= FLOAT32_MAX) != np.size(value):
-            blamed = "try a lower --learning-rate" if name == "loss" else "mend the environment"
+            blamed = "try a lower --learning-rate" if name == "loss" else "fix the environment"
             raise TrainingError(f"step {step:,}: {name} not finite in float32; {blamed}")
 
 
@@ -678,7 +685,7 @@ class Log:
                 project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name,
                 id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True,
             )
-        # purge_step hides what an earlier process logged after the checkpoint.
+        # purge_step hides what was logged after the checkpoint that this run goes on from.
         with writing(run_dir):
             self.writer = SummaryWriter(str(run_dir), purge_step=step + 1, flush_secs=10)
             rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
@@ -688,12 +695,13 @@ class Log:
             total=args.total_timesteps, initial=step, unit=" steps", file=sys.stdout, disable=None
         )
         self.eval_envs = make_envs(args, args.eval_episodes)
-        self.frequency = min(LOG_FREQUENCY, max(args.total_timesteps // 20, 1))
+        self.line_frequency = max(args.total_timesteps // 20, 1)
+        self.frequency = min(LOG_FREQUENCY, self.line_frequency)
         self.start_time = time.time()
         self.start_step = step
-        self.probe = None  # a batch that stays the same until the next checkpoint
-        self.probe_targets = None  # its targets at the last entry
-        self.returns = deque(maxlen=20)  # of training episodes
+        self.probe = None  # a batch whose targets are watched, until the next checkpoint
+        self.probe_targets = None  # what they were at the last entry
+        self.returns = deque(maxlen=20)  # of the last training episodes
 
     def scalars(self, values, step):
         """Log values by tag."""
@@ -710,7 +718,7 @@ class Log:
 
     def progress(self, infos, epsilon, step):
         """Show how far training is, and log the episodes that have just ended."""
-        if "episode" in infos:  # log the mean of those that end together: TensorBoard shows one
+        if "episode" in infos:  # of those that end together, TensorBoard would show only one
             ended = infos["_episode"]
             mean_return = infos["episode"]["r"][ended].mean()
             mean_length = infos["episode"]["l"][ended].mean()
@@ -718,7 +726,7 @@ class Log:
             self.scalars(values, step)
             self.returns.append(mean_return)
         self.bar.update(step - self.bar.n)
-        if due(self.args.total_timesteps // 20 or 1, step, self.args.num_envs):
+        if due(self.line_frequency, step, self.args.num_envs):
             recent = np.mean(self.returns) if self.returns else math.nan
             status = f"return {recent:.1f}, epsilon {epsilon:.2f}"
             self.bar.set_postfix_str(status)
@@ -726,7 +734,7 @@ class Log:
                 say(f"step {step:,} of {self.args.total_timesteps:,}: {status}")
 
     def learning(self, values, agent, replay, step):
-        """Log the last gradient step, and how far targets have drifted since the last entry."""
+        """Log the last gradient step, and how far a batch's targets moved since the last entry."""
         if self.probe is None:
             seed = derive_seed(self.args.seed, PROBE)
             self.probe = replay.sample(128, np.random.default_rng(seed))
@@ -844,13 +852,13 @@ def writing(path):
             cause = cause.__context__
         if not isinstance(cause, OSError):
             raise
-        raise TrainingError(f"{path} cannot be written: {cause}; earlier files are whole") from error
+        raise TrainingError(f"{path} not written: {cause}; what was there is whole") from error
 
 
-def report_thread_error(error):
-    """Print an error of a thread, unless it is TensorBoard's, whose next write fails, too."""
-    if not issubclass(error.exc_type, OSError):
-        threading.__excepthook__(error)
+def report_thread_error(args):
+    """Print a thread's error, but not a failed write of TensorBoard's, whose next one fails too."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
 
 
 def save(path, content):
@@ -881,7 +889,7 @@ def read(path):
 def save_checkpoint(run_dir, state, step, best_return):
     """Save this process's part; remove the one before when all processes have saved theirs.
 
-    What is not in it, environments and random numbers, `restart` makes.
+    Environments and random numbers are not in it: see `restart`.
     """
     path = run_dir / f"checkpoint-{step}-{RANK}-of-{WORLD_SIZE}.pt"
     parts = {name: part.state_dict() for name, part in state.items()}
@@ -899,7 +907,7 @@ def load_checkpoint(run_dir, state):
     steps = [int(path.name.split("-")[1]) for path in paths]
     whole = [step for step in steps if steps.count(step) == WORLD_SIZE]
     if not steps and any(run_dir.glob("checkpoint-*.pt")):
-        raise UsageError(f"--resume {run_dir}: is not of {WORLD_SIZE} processes; start as many")
+        raise UsageError(f"--resume {run_dir}: {WORLD_SIZE} processes are not as many as before")
     if not whole:
         return 0, -math.inf
     saved = read(run_dir / f"checkpoint-{max(whole)}-{RANK}-of-{WORLD_SIZE}.pt")
@@ -919,7 +927,7 @@ def load_args(run_dir):
 
 def open_run_dir(args):
     """Make or open the run folder, the same for all processes; only one run may write there."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}-{os.getpid()}"
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}-{os.getpid()}"
     name = name.replace("/", "-").replace(":", "-")
     run_dir = Path(from_rank_0(args.resume or f"runs/{name}"))
     with writing(run_dir):
@@ -991,8 +999,8 @@ def check_numbers(args, name, space):
 
 
 def check_memory(args, needed, device):
-    """Raise UsageError if the replay buffer will not fit: it takes its memory as it fills."""
-    free = psutil.virtual_memory().available
+    """Raise UsageError if the replay buffer will not fit; main memory is taken only as it fills."""
+    free = psutil.virtual_memory().available / LOCAL_WORLD_SIZE
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
@@ -1056,7 +1064,7 @@ def validate(args):
             raise UsageError(f"{flag(args, name)}: must be a multiple of {WORLD_SIZE} processes")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UsageError(f"{flag(args, 'track')}: needs wandb; pip install wandb")
-    least = args.num_envs * (args.n_step + args.frame_stack + 2)  # so many leave one to sample
+    least = args.num_envs * (args.n_step + args.frame_stack + 2)  # fewest that leave one to sample
     if args.learning_starts < least:
         raise UsageError(f"{flag(args, 'learning_starts')}: must be at least {least}")
 
@@ -1068,14 +1076,14 @@ def tuned_settings(env_id):
 
 
 def parse_args(argv=None):
-    """Read the command line. What is given wins, then a run's settings, TUNED, plain defaults."""
-    # A first pass finds the flags that decide the defaults.
+    """Read the command line: flags win, then the settings of a run or TUNED, then Args."""
+    # A first pass finds the flags that decide the defaults of the second.
     given, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
     run_dir = given.evaluate or given.resume
     is_run = run_dir is not None and any(Path(run_dir).glob("[!.]*"))  # else a new one begins there
     tuned = tuned_settings(given.env_id) if given.tuned else {}
     defaults = load_args(run_dir) if is_run else Args(**tuned)
-    # tyro would make a flag of each argument that is in env_kwargs already: begin with none.
+    # tyro makes a flag of each key that a dict has by default, so begin with an empty one.
     args = tyro.cli(Args, args=argv, default=replace(defaults, env_kwargs={}))
     args.env_kwargs = defaults.env_kwargs | args.env_kwargs
     may_change = MAY_CHANGE | ({"seed", "env_kwargs"} if given.evaluate else set())
@@ -1090,20 +1098,20 @@ def main():
     threading.excepthook = report_thread_error
     try:
         args = parse_args()
-        validate(args)
         if args.evaluate is not None:
-            q_network = load(args.evaluate)
-            say(f"return {describe(play(q_network, args, args.eval_episodes))}")
+            validate(args)
+            q_network = load(args.evaluate).to(start_processes(args))
             if args.capture_video:
                 check_video(args)
                 record(q_network, args, f"{args.evaluate}/videos/best")
+            say(f"return {describe(play(q_network, args, args.eval_episodes))}")
         else:
             signals = [] if WORLD_SIZE > 1 else catch_signals()  # torchrun heeds them itself
             train(args, signals)
             if signals:
                 sys.exit(128 + signals[0])
     except (UsageError, TrainingError) as error:
-        print("dqn.py: error:", *str(error).split(), file=sys.stderr)
+        print("dqn.py: error:", *str(error).split(), file=sys.stderr)  # on one line
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import dqn
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "dqn.py"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 # A run of a second that learns, evaluates, logs and saves.
 SHORT = dict(
@@ -34,13 +35,31 @@ def flags(**settings):
     return words
 
 
-def start(*arguments, cwd, ranks=0, before=None):
+def start(*arguments, cwd, ranks=0, before=None, script=SCRIPT):
     """The script as a subprocess, by torchrun where there are ranks, in a process group of its own."""
     launch = [sys.executable]
     if ranks:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.Popen([*launch, str(SCRIPT), *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, text=True,
+    return subprocess.Popen([*launch, str(script), *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=before, start_new_session=True)
+
+
+def until(condition, timeout=60):
+    """Wait for what `condition` returns."""
+    deadline = time.monotonic() + timeout
+    while not (result := condition()):
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.001)
+    return result
+
+
+def gone(process):
+    """Tell if nobody is left in the process group of a process."""
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def finish(process, status=0, timeout=120):
