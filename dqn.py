@@ -477,7 +477,7 @@ class Agent:
         # The loss calls this one, since with torchrun it averages gradients over all processes.
         self.training_network = self.q_network
         if dist.is_initialized():
-            self.training_network = DistributedDataParallel(self.q_network, broadcast_buffers=False)
+            self.training_network = DistributedDataParallel(self.q_network, forward_sync_buffers=False)
 
     @torch.no_grad()
     def act(self, observations, epsilon, rng):
@@ -944,8 +944,12 @@ def open_run_dir(args):
 
 def start_processes(args):
     """Join the other processes, if torchrun started several; return the device of this one."""
-    if WORLD_SIZE > 1:  # two hours: the others wait while rank 0 evaluates
-        dist.init_process_group(timeout=timedelta(hours=2))
+    if WORLD_SIZE > 1:
+        # torchrun's store outlives processes that it starts again: the prefix keeps them apart.
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        patience = timedelta(hours=2)  # the others wait while rank 0 evaluates
+        dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=patience)
     if args.cuda and torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK)
         return torch.device("cuda", LOCAL_RANK)

@@ -39,7 +39,7 @@ def start(*arguments, cwd, ranks=0, before=None, script=SCRIPT):
     """The script as a subprocess, by torchrun where there are ranks, in a process group of its own."""
     launch = [sys.executable]
     if ranks:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        launch += ["-m", "torch.distributed.run", "--standalone", "--max-restarts=1", f"--nproc-per-node={ranks}"]
     return subprocess.Popen([*launch, str(script), *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=before, start_new_session=True)
 

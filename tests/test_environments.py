@@ -85,7 +85,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "num_envs"), [*zip(CASES, [1] * 7, strict=False), ("Cam", 3), ("Winner", 3), ("Trail", 3)])
+@pytest.mark.parametrize(("name", "num_envs"), [
+    *((name, 1) for name in CASES), ("Cam", 3), ("Winner", 3), ("Trail", 3)])
 def test_environments_on_which_such_scripts_failed_return_what_is_right(name, num_envs, in_tmp):
     settings = dict(env_id=f"environments:{name}-v0", num_envs=num_envs, total_timesteps=10_000, learning_starts=500,
                     buffer_size=10_000, batch_size=64, eval_frequency=0)

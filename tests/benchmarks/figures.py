@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 
@@ -12,9 +10,8 @@ plt.rcParams |= {"svg.hashsalt": "dqn", "axes.titlesize": 10}  # with the salt t
 
 
 @contextlib.contextmanager
-def panels(path: Path, titles: Sequence[str], columns: int = 2, height: float = 2.5,
-           **settings: object) -> Iterator[list[plt.Axes]]:
-    """Axes with these titles and settings, in rows; one legend below all. Saved at the end of the block."""
+def panels(path, titles, columns=2, height=2.5, **settings):
+    """Yield axes with these titles and settings, in rows, and save them with one legend below all."""
     rows = math.ceil(len(titles) / columns)
     drawing, grid = plt.subplots(rows, columns, figsize=(8.5, height * rows + 0.6), layout="constrained", squeeze=False)
     axes = list(grid.flat)
@@ -28,10 +25,3 @@ def panels(path: Path, titles: Sequence[str], columns: int = 2, height: float = 
     drawing.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
     drawing.savefig(path, metadata={"Date": None})
     plt.close(drawing)
-
-
-@contextlib.contextmanager
-def figure(path: Path, **settings: object) -> Iterator[plt.Axes]:
-    """One pair of axes with these settings; saved at the end of the block."""
-    with panels(path, [""], columns=1, height=3.5, **settings) as (axes,):
-        yield axes

@@ -1,35 +1,26 @@
-"""What the default commands learn, seed by seed: one tidy CSV, the tables and the figures of the README.
+"""What the default commands learn, seed by seed: one tidy CSV, tables and figures.
 
     pip install -r requirements.txt -r tests/benchmarks/requirements.txt
     python tests/benchmarks/learning.py                                        # hours on two cores
     python tests/benchmarks/learning.py --experiments tuned --env-ids CartPole-v1 --seeds 11 12 13
-    python tests/benchmarks/learning.py --quick                                # everything, tiny, nothing is kept
+    python tests/benchmarks/learning.py --trial /tmp/trial --seeds 11 12       # everything, tiny
 
 `tuned` runs `python dqn.py --env-id ENV`, `plain` adds `--no-tuned`, `ablation` adds one part at a time to plain
 Q-learning. Runs that results/learning.csv holds are not repeated, so the script can be stopped and started again.
 """
 
-import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import figures
 import numpy as np
 import sweep
 import tyro
-from sweep import BEST, FINAL, RESULTS, SECONDS, SPREAD, Row, Run
+from sweep import BEST, CURVE, FINAL, SECONDS, SPREAD, Run
 from target_network import HARD, PLAIN, SETTINGS, STEPS
 
 CONTROL = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3")
 TOYS = ("FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1")
-CURVE = "eval/episodic_return"
-# Enough to go through everything, not to learn.
-QUICK = dict(total_timesteps=1_500, learning_starts=500, eval_frequency=750, eval_episodes=2, eval_max_steps=50,
-             buffer_size=5_000)
-Experiment = Literal["tuned", "plain", "ablation"]
-
 
 # One part at a time, added to the plain Q-learning of target_network.py with its hard sync every 500 steps.
 ABLATIONS = {
@@ -43,51 +34,49 @@ ABLATIONS = {
 
 
 @dataclass
-class Options:
+class Options(sweep.Options):
     """What to run."""
 
-    experiments: tuple[Experiment, ...] = ("tuned", "plain", "ablation")  # in this order
     env_ids: tuple[str, ...] = CONTROL + TOYS  # environments; those that an experiment does not have are left out
-    seeds: tuple[int, ...] = tuple(range(11, 21))  # one run each
-    quick: bool = False  # two seeds, a few hundred steps, in a temporary folder
+    experiments: tuple[Literal["tuned", "plain", "ablation"], ...] = ("tuned", "plain", "ablation")  # in this order
 
 
-def runs(options: Options) -> list[Run]:
-    """All runs that are asked for."""
+def runs(options):
+    """List all runs that are asked for."""
     settings = {
         "tuned": [(env_id, "tuned", {}) for env_id in CONTROL],
         "plain": [(env_id, "plain", {"tuned": False}) for env_id in CONTROL + TOYS],
         "ablation": [(env_id, name, PLAIN | HARD | dict(total_timesteps=STEPS[env_id]) | changes)
                      for env_id in STEPS for name, changes in ABLATIONS.items()],
     }
-    return [Run(env_id, name, seed, changes | (QUICK if options.quick else {}))
+    return [Run(env_id, name, seed, changes | (sweep.TRIAL if options.trial else {}))
             for experiment in options.experiments for env_id, name, changes in settings[experiment]
             if env_id in options.env_ids for seed in options.seeds]
 
 
-def curve(rows: Iterable[Row], env_id: str, setting: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (T,) of the evaluations and their returns (seeds, T); a run that has ended keeps its last value."""
+def curve(rows, env_id, setting):
+    """Collect steps (T,) of the evaluations and returns (seeds, T); a run that has ended keeps its last value."""
     seeds = sweep.table(rows, env_id, setting, CURVE).values()
     steps = sorted({step for values in seeds for step in values})
     returns = [[values[max(s for s in values if s <= step or s == min(values))] for step in steps] for values in seeds]
     return np.array(steps), np.array(returns)
 
 
-def draw_curves(path: Path, rows: list[Row], setting: str, env_ids: list[str], columns: int) -> None:
-    """A panel for each environment: every seed, their interquartile mean and its interval, over the steps."""
+def draw_curves(path, rows, setting, env_ids, columns):
+    """Draw every seed over the steps, their interquartile mean and its interval, in a panel for each environment."""
     with figures.panels(path, env_ids, columns, xlabel="environment steps", ylabel="greedy return") as places:
         for axes, env_id in zip(places, env_ids, strict=True):
             steps, returns = curve(rows, env_id, setting)
             for line in returns:
                 axes.plot(steps, line, color="gray", alpha=0.35, linewidth=0.7, label="one seed")
             band = np.array([sweep.interval(column) for column in returns.T])
-            axes.plot(steps, sweep.iqm(returns, axis=0), color="C0", label="interquartile mean, 95% interval")
+            axes.plot(steps, sweep.iqm(returns), color="C0", label="interquartile mean, 95% interval")
             axes.fill_between(steps, *band.T, color="C0", alpha=0.2, linewidth=0)
             axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
 
 
-def draw_finals(path: Path, rows: list[Row], shown: dict[str, list[str]]) -> None:
-    """A panel for each environment, a line for each setting: every seed, interquartile mean and its interval."""
+def draw_finals(path, rows, shown):
+    """Draw every seed, interquartile mean and its interval on a line for each setting, by environment."""
     with figures.panels(path, list(shown), xlabel="greedy return at the end") as places:
         for axes, (env_id, settings) in zip(places, shown.items(), strict=True):
             for place, setting in enumerate(settings):
@@ -99,13 +88,13 @@ def draw_finals(path: Path, rows: list[Row], shown: dict[str, list[str]]) -> Non
             axes.invert_yaxis()
 
 
-def number(value: float) -> str:
-    """With three digits or more."""
+def number(value):
+    """Write a number with three digits or more."""
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def tables(rows: list[Row], shown: Iterable[tuple[str, str]]) -> str:
-    """Markdown: a line for each environment and setting, then every seed's final return."""
+def tables(rows, shown):
+    """Write Markdown: a line for each environment and setting, then every seed's final return."""
     summary = ["| environment | setting | final: IQM (95% interval) | mean | lowest | best network | steps | time |",
                "|-|-|-|-|-|-|-|-|"]
     every = ["| environment | setting | final greedy return ± spread over 100 episodes (best network), by seed |",
@@ -123,7 +112,7 @@ def tables(rows: list[Row], shown: Iterable[tuple[str, str]]) -> str:
     return "\n".join([*summary, "", *every])
 
 
-def report(rows: list[Row], folder: Path) -> None:
+def report(rows, folder):
     """Print the tables and draw the figures for what there is."""
     done = {row[:2] for row in rows}
     there = [(env_id, name) for name in ("tuned", "plain") for env_id in CONTROL + TOYS if (env_id, name) in done]
@@ -137,14 +126,9 @@ def report(rows: list[Row], folder: Path) -> None:
         draw_finals(folder / "ablation.svg", rows, shown)
 
 
-def main(options: Options) -> None:
+def main(options):
     """Run what is missing, then report."""
-    if options.quick:
-        options.seeds = options.seeds[:2]
-        with tempfile.TemporaryDirectory() as folder:
-            report(sweep.sweep(Path(folder, "learning.csv"), runs(options)), Path(folder))
-    else:
-        report(sweep.sweep(RESULTS / "learning.csv", runs(options)), RESULTS)
+    report(sweep.sweep(options.results / "learning.csv", runs(options)), options.results)
 
 
 if __name__ == "__main__":

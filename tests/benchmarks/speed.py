@@ -1,248 +1,177 @@
-"""Speed and memory side by side with Stable-Baselines3's DQN, and what dqn.py's own parts cost.
+"""How fast dqn.py trains, side by side with other implementations, and what a step and a whole run consist of.
 
-    pip install -r requirements.txt -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/speed.py                    # hours on two cores
-    python tests/benchmarks/speed.py --tables cartpole whole --steps 40000 --repeats 3
-    python tests/benchmarks/speed.py --tables sweep parts --sweep 1 8 64 --repeats 1
-    python tests/benchmarks/speed.py --tables figure    # results/speed.svg once more, from results/speed.csv
+    pip install -r requirements.txt -r tests/requirements.txt
+    git show 749e9d1:dqn.py > /tmp/old/dqn.py
+    python tests/benchmarks/speed.py --cleanrl cleanrl/dqn.py --cleanrl-python cleanrl/venv/bin/python \
+        --old /tmp/old/dqn.py
+    python tests/benchmarks/speed.py --tables pong --sb3-python sb3/venv/bin/python
 
-Every figure is the median of several runs in processes of their own; ratios are taken between runs that followed each
-other, since a shared machine's speed drifts. CartPole-v1 has one thread, Pong all cores. Compiling and evaluating are
-not timed. `sweep` also writes results/speed.csv, which `figure` draws.
+CleanRL's file needs Python packages of its own, hence --cleanrl-python; so does Stable-Baselines3 (requirements.txt in
+this folder). Who is compared takes turns, and ratios are those within a round, since a shared machine's speed drifts.
+Every process has one thread. Steps per second are the last charts/SPS that a run logged, for SB3 those of learn().
 """
 
-import csv
-import json
-import platform
-import re
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import tyro
+from sweep import dqn, quiet_folder, scalars, timed, timer
 
-ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
-DQN = str(ROOT / "dqn.py")
-GRADIENT, MEMORY, PARTS, SB3 = (str(HERE / f"{name}.py") for name in ("gradient", "memory", "parts", "sb3_dqn"))
-CSV, SVG = HERE / "results" / "speed.csv", HERE / "results" / "speed.svg"
-
-# Flags that both systems get, and those that make dqn.py the same otherwise.
-CARTPOLE = ("--env-id CartPole-v1 --no-cuda --learning-rate 2.5e-4 --buffer-size 10000 --learning-starts 10000 "
-            "--exploration-fraction 0.5").split()  # CleanRL's setting
-PONG = ("--env-id ALE/Pong-v5 --no-cuda --learning-rate 1e-4 --buffer-size 20000 --learning-starts 1000 "
-        "--batch-size 32 --train-frequency 4 --target-network-frequency 1000").split()
-PLAIN = "--no-tuned --no-anneal-lr --no-double-q --no-layer-norm --eval-frequency 0 --eval-max-steps 1".split()
-NATURE = [*PLAIN, *"--frame-stack 4 --clip-rewards --hidden-sizes 512".split()]
-EAGER, COMPILED, PROCESSES = "--no-compile", "--compile", "--processes"
-
-LOGGING = """
-import time, dqn
-spent, depth = 0.0, 0
-def timed(function):
-    def wrapper(*arguments, **settings):
-        global spent, depth
-        start, depth = time.perf_counter(), depth + 1
-        try:
-            return function(*arguments, **settings)
-        finally:
-            depth -= 1
-            spent += (depth == 0) * (time.perf_counter() - start)
-    return wrapper
-for name in ("open", "scalars", "progress", "close"):
-    setattr(dqn.Report, name, timed(getattr(dqn.Report, name)))
-dqn.Learner.diagnostics = timed(dqn.Learner.diagnostics)
-start = time.perf_counter()
-dqn.train(dqn.Args(env_id="CartPole-v1", **SETTINGS))
-print("logging", spent / (time.perf_counter() - start))
-"""
-
-Table = Literal["cartpole", "gradient", "pong", "memory", "sweep", "figure", "parts", "whole"]
+SB3 = Path(__file__).with_name("sb3_dqn.py")
+# Flags that all have, and what makes dqn.py the same otherwise.
+CARTPOLE = ("--env-id CartPole-v1 --learning-starts 2000 --buffer-size 10000 --batch-size 128 --train-frequency 10 "
+            "--learning-rate 2.5e-4 --exploration-fraction 0.5")
+PONG = ("--env-id ALE/Pong-v5 --learning-starts 1000 --buffer-size 20000 --batch-size 32 --train-frequency 4 "
+        "--learning-rate 1e-4 --target-network-frequency 1000")
+PLAIN = "--no-cuda --no-tuned --no-double-q --no-layer-norm --no-anneal-lr --eval-frequency 0 --eval-max-steps 1"
+NATURE = "--frame-stack 4 --clip-rewards --hidden-sizes 512"
+WHOLE = "--env-id CartPole-v1"  # the default command
+ENVIRONMENTS = (1, 8)
 
 
 @dataclass
 class Options:
     """What to measure, and how often."""
 
-    tables: tuple[Table, ...] = get_args(Table)
-    steps: int = 100_000  # environment steps of a run on CartPole-v1
-    pong_steps: int = 6_000  # and on Pong
-    sweep: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of environments
-    repeats: int = 5  # runs of each kind
+    tables: tuple[Literal["training", "whole", "pieces", "pong"], ...] = ("training", "whole", "pieces")
+    cleanrl: Path | None = None  # CleanRL's dqn.py
+    cleanrl_python: str = sys.executable  # Python that runs it
+    old: Path | None = None  # an older dqn.py
+    sb3_python: str | None = None  # Python that has Stable-Baselines3
+    steps: int = 40_000  # environment steps of a run on CartPole-v1
+    pong_steps: int = 3_000  # and on Pong
+    repeats: int = 5  # rounds, each with its own seed
 
 
-def run(*command: object) -> tuple[str, float]:
-    """Standard output and wall time of a process, run in an empty folder."""
+def process(python, script, flags):
+    """Run a script in an empty folder with one thread; return its output, wall seconds and run folders' last SPS."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True,
-                              check=True)
-        return done.stdout, time.perf_counter() - start
+        done = subprocess.run([python, Path(script).resolve(), *flags.split()], cwd=folder, capture_output=True,
+                              text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        seconds = time.perf_counter() - start
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout, seconds, [scalars(path)["charts/SPS"][-1][1] for path in Path(folder).glob("runs/*")]
 
 
-def ours(*flags: object) -> float:
-    """Steps per second that dqn.py reports of its training."""
-    out, _ = run(DQN, *flags)
-    return float(re.search(r"at ([\d,]+) steps/s", out)[1].replace(",", ""))
+def trains(python, script, flags):
+    """Make a function of a seed that gives the steps per second that a run logged last."""
+    return lambda seed: process(python, script, f"{flags} --seed {seed}")[2][0]
 
 
-def theirs(*flags: object) -> float:
-    """Steps per second of SB3's learn()."""
-    return float(run(SB3, *flags)[0].split()[-1])
+def sb3(options, flags):
+    """Make the same for Stable-Baselines3, by number of environments; nothing where it is not installed."""
+    return {f"Stable-Baselines3, {number} environments": lambda seed, number=number: float(
+                process(options.sb3_python, SB3, f"{flags} --num-envs {number} --seed {seed}")[0].split()[-1])
+            for number in ENVIRONMENTS if options.sb3_python}
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Median, and lowest and highest in parentheses."""
+def spread(values, digits):
+    """Write the median, and lowest and highest in parentheses."""
     middle, low, high = (f"{value:,.{digits}f}" for value in (median(values), min(values), max(values)))
     return f"{middle} ({low}–{high})"
 
 
-def side_by_side(name: str, unit: str, first: Callable[[], float], second: Callable[[], float], repeats: int) -> None:
-    """Print a row: medians of two alternating measurements and of their ratios pair by pair."""
-    pairs = [(first(), second()) for _ in range(repeats)]
-    mine, other = (median(values) for values in zip(*pairs, strict=True))
-    print(f"| {name} | {mine:,.1f} {unit} | {other:,.1f} {unit} | {spread([a / b for a, b in pairs], 2)} |", flush=True)
+def rounds(title, contestants, repeats):
+    """Let contestants take turns; print the steps per second of each, and their ratio to the first one's."""
+    speeds = [[run(seed) for run in contestants.values()] for seed in range(1, repeats + 1)]
+    print(f"\n| {title} | steps/s: median (lowest–highest) | over {next(iter(contestants))}'s in the same round |\n"
+          "|-|-|-|")
+    for place, name in enumerate(contestants):
+        ratios = [each[place] / each[0] for each in speeds]
+        print(f"| {name} | {spread([each[place] for each in speeds], 0)} | {spread(ratios, 2)} |", flush=True)
 
 
-def against(title: str, shared: list[str], own: list[str], rows: tuple[tuple, ...], repeats: int) -> None:
-    """Print a table of steps per second; a row has its label, and flags of dqn.py and of SB3."""
-    print(f"\n| {title} | dqn.py | Stable-Baselines3 | ratio (lowest–highest) |\n|-|-|-|-|")
-    for label, mine, other in rows:
-        side_by_side(label, "steps/s", lambda flags=mine: ours(*shared, *own, *flags),
-                     lambda flags=other: theirs(*shared, *flags), repeats)
+def training(options):
+    """Compare training alone at CleanRL's setting: no evaluation but the last, plain DQN."""
+    flags = f"{CARTPOLE} --total-timesteps {options.steps}"
+    contestants = {}
+    if options.cleanrl:
+        contestants["CleanRL"] = trains(options.cleanrl_python, options.cleanrl, flags)
+    for name, script in {"dqn.py": dqn.__file__, "older dqn.py": options.old}.items():
+        for number in ENVIRONMENTS if script else ():
+            label = f"{name}, {number} environment{'s' * (number > 1)}"
+            contestants[label] = trains(sys.executable, script, f"{flags} {PLAIN} --num-envs {number}")
+    rounds(f"CartPole-v1, CleanRL's setting, {options.steps:,} steps, training alone",
+           contestants | sb3(options, flags), options.repeats)
 
 
-def cartpole(options: Options) -> None:
-    """CartPole-v1, eager and compiled."""
-    def envs(number: int, *flags: str) -> tuple[object, ...]:
-        return ("--total-timesteps", options.steps, "--num-envs", number, *flags)
-
-    against("CartPole-v1, CleanRL's setting", CARTPOLE, PLAIN, (
-        ("1 environment", envs(1, EAGER), envs(1)),
-        ("8 environments", envs(8, EAGER), envs(8)),
-        ("8 against 1", envs(8, EAGER), envs(1)),
-        ("1 environment, `--compile`", envs(1, COMPILED), envs(1)),
-        ("10 environments, `--compile`", envs(10, COMPILED), envs(10)),
-        ("10 against 1, `--compile`", envs(10, COMPILED), envs(1)),
-    ), options.repeats)
+def pong(options):
+    """Compare training on Pong with Stable-Baselines3's, which comes first."""
+    flags = f"{PONG} --total-timesteps {options.pong_steps}"
+    ours = {f"dqn.py, {number} environments": trains(sys.executable, dqn.__file__,
+                                                     f"{flags} {PLAIN} {NATURE} --num-envs {number}")
+            for number in ENVIRONMENTS}
+    rounds(f"Pong, {options.pong_steps:,} steps", sb3(options, flags) | ours, options.repeats)
 
 
-def pong(options: Options) -> None:
-    """Pong, eager and compiled."""
-    def envs(number: int, *flags: str) -> tuple[object, ...]:
-        return ("--total-timesteps", options.pong_steps, "--num-envs", number, *flags)
-
-    against("Pong", PONG, NATURE, (
-        ("1 environment", envs(1, EAGER), envs(1)),
-        ("8 environments", envs(8, EAGER), envs(8)),
-        ("8 environments, SB3's in processes", envs(8, EAGER), envs(8, PROCESSES)),
-        ("1 environment, `--compile`", envs(1, COMPILED), envs(1)),
-        ("8 environments, `--compile`", envs(8, COMPILED), envs(8)),
-    ), options.repeats)
+def evaluation_seconds(flags):
+    """Run a command in this process, and add up what its evaluations and the episodes at the end take."""
+    with quiet_folder(), timed((dqn.Log, "evaluation"), (dqn, "play")) as seconds:
+        dqn.train(dqn.parse_args(flags.split()))
+        return sum(seconds)
 
 
-def gradient(options: Options) -> None:
-    """The cost of a gradient step."""
-    print(f"\n{run(GRADIENT)[0].rstrip()}", flush=True)
+def whole(options):
+    """Compare whole processes of the default command, and --help; tell what evaluation takes."""
+    scripts = {"dqn.py": dqn.__file__} | ({"older dqn.py": options.old} if options.old else {})
+    print(f"\n| whole processes | {' | '.join(scripts)} | ratio |\n|-|-|" + "-|" * len(scripts))
+
+    def row(label, values):
+        cells = " | ".join(f"{value:.2f} s" for value in values)
+        print(f"| {label} | {cells} | {values[0] / values[-1]:.2f} |", flush=True)
+
+    def measure(flags):
+        return [process(sys.executable, script, flags)[1] for script in scripts.values()]
+
+    seeds = range(1, options.repeats + 1)
+    times = [measure(f"{WHOLE} --seed {seed}") for seed in seeds]
+    for seed, values in zip(seeds, times, strict=True):
+        row(f"`{WHOLE} --seed {seed}`", values)
+    totals = [sum(values) for values in zip(*times, strict=True)]
+    row("median", [median(values) for values in zip(*times, strict=True)])
+    row("sum", totals)
+    row("`--help`, median", [median(values) for values in zip(*(measure("--help") for _ in seeds), strict=True)])
+    evaluation = sum(evaluation_seconds(f"{WHOLE} --seed {seed}") for seed in seeds)
+    print(f"\nEvaluations, in other runs of the same seeds: {evaluation:.1f} s, {evaluation / totals[0]:.0%} of the sum.")
 
 
-def memory(options: Options) -> None:
-    """Bytes of a transition in the replay buffers, on Pong."""
-    print("\n| replay memory on Pong, four frames stacked | bytes a transition | of dqn.py's | a million |\n|-|-|-|-|")
-    sizes = json.loads(run(MEMORY, *PONG)[0].splitlines()[-1])
-    for name, size in sizes.items():
-        print(f"| {name} | {size:,.0f} | {size / sizes['dqn.py']:.2f} | {size * 1e6 / 2**30:.1f} GiB |", flush=True)
+def pieces(options):
+    """Time the pieces of a step at CleanRL's setting, in the order of dqn.train."""
+    torch.set_num_threads(1)
+    print("\n| µs, median of the calls | act | envs.step | add | sample | update | together, an environment step |\n"
+          "|-|-|-|-|-|-|-|")
+    for number in ENVIRONMENTS:
+        args = dqn.parse_args(f"{CARTPOLE} {PLAIN} --num-envs {number}".split())
+        envs, device = dqn.make_envs(args, number), torch.device("cpu")
+        agent, replay = dqn.Agent(args, envs, device), dqn.ReplayBuffer(args, envs, device)
+        observations, rng = dqn.restart(args, envs, replay, 0)
+        functions = agent.act, envs.step, replay.add, replay.sample, agent.update
+        seconds = [[] for _ in functions]
+        act, step, add, sample, update = map(timer, functions, seconds)
+        for done in range(options.steps // 10):
+            actions = act(observations, args.end_e, rng)
+            observations, *outcome, _ = step(actions)
+            add(actions, *outcome, observations)
+            if done * number >= args.batch_size:
+                update(sample(args.batch_size, rng), args.learning_rate)
+        costs = [median(each) * 1e6 for each in seconds]
+        together = sum(costs[:3]) / number + sum(costs[3:]) / args.train_frequency
+        cells = " | ".join(f"{cost:,.0f}" for cost in (*costs, together))
+        print(f"| {number} environment{'s' * (number > 1)} | {cells} |", flush=True)
 
 
-def settings(options: Options) -> dict[str, list[object]]:
-    """What is run with more and more environments: label -> flags of dqn.py."""
-    short = [*CARTPOLE, *PLAIN, "--total-timesteps", options.steps]
-    return {"CartPole-v1": [*short, EAGER], "CartPole-v1 --compile": [*short, COMPILED],
-            "Pong": [*PONG, *NATURE, "--total-timesteps", options.pong_steps, EAGER]}
-
-
-def sweep(options: Options) -> None:
-    """Steps per second over the number of environments: table, CSV and figure."""
-    print(f"\n| steps/s of dqn.py, environments | {' | '.join(map(str, options.sweep))} |")
-    print("-".join("|" * (len(options.sweep) + 2)))
-    rows = []
-    for label, flags in settings(options).items():
-        speeds = defaultdict(list)
-        for _ in range(options.repeats):
-            for number in options.sweep:
-                speeds[number].append(ours(*flags, "--num-envs", number))
-        rows += [(label, number, min(v), median(v), max(v)) for number, v in speeds.items()]
-        print(f"| {label} | {' | '.join(spread(values, 0) for values in speeds.values())} |", flush=True)
-    with CSV.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("setting", "num_envs", "lowest", "median", "highest"))
-        writer.writerows(rows)
-
-
-def figure(options: Options) -> None:
-    """Draw results/speed.csv."""
-    import figures
-
-    curves = defaultdict(list)
-    with CSV.open(newline="") as file:
-        for label, *numbers in list(csv.reader(file))[1:]:
-            curves[label].append([float(number) for number in numbers])
-    with figures.figure(SVG, xlabel="environments", ylabel="environment steps per second") as axes:
-        for (label, curve), marker in zip(curves.items(), "osD^", strict=False):
-            number, low, middle, high = zip(*curve, strict=True)
-            axes.plot(number, middle, marker=marker, markersize=4, label=label)
-            axes.fill_between(number, low, high, alpha=0.2)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xticks(number, [f"{count:.0f}" for count in number])
-
-
-def parts(options: Options) -> None:
-    """What a pass of the training loop spends its time on, over the number of environments."""
-    print("\n| a pass of dqn.py, µs | environments | environment | acting | learning | rest | pass | a step |\n"
-          "|-|-|-|-|-|-|-|-|")
-    for label, flags in settings(options).items():
-        for number in options.sweep:
-            costs = defaultdict(list)
-            for _ in range(options.repeats):
-                for name, cost in re.findall(r"(\w+) +([\d.,]+) µs", run(PARTS, *flags, "--num-envs", number)[0]):
-                    costs[name].append(float(cost.replace(",", "")))
-            middle = [median(values) for values in costs.values()]
-            cells = " | ".join(f"{cost:,.0f}" for cost in (*middle, middle[-1] / number))
-            print(f"| {label} | {number} | {cells} |", flush=True)
-
-
-def whole(options: Options) -> None:
-    """Whole processes, --help, and what logging takes."""
-    print("\n| | dqn.py | Stable-Baselines3 | ratio (lowest–highest) |\n|-|-|-|-|")
-    side_by_side("whole process: default run against 500k steps", "s", lambda: run(DQN)[1], lambda: run(SB3)[1],
-                 max(1, options.repeats // 2))
-    print("\n| part of dqn.py | cost |\n|-|-|")
-    print(f"| --help | {median(run(DQN, '--help')[1] for _ in range(options.repeats)):.2f} s |")
-    for label, given in (("the default run", {}), ("CleanRL's setting", {
-            "tuned": False, "anneal_lr": False, "double_q": False, "layer_norm": False, "learning_starts": 10_000,
-            "eval_frequency": 0, "total_timesteps": options.steps})):
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); SETTINGS = {given}" + LOGGING
-        shares = [float(run("-c", code)[0].split("logging")[-1]) for _ in range(options.repeats)]
-        print(f"| logging, of {label} | {median(shares):.1%} |", flush=True)
-
-
-TABLES = (cartpole, gradient, pong, memory, sweep, figure, parts, whole)
-
-
-def main(options: Options) -> None:
+def main(options):
     """Print the tables."""
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, "
-          f"{torch.get_num_threads()} threads on Pong")
-    for table in TABLES:
+    for table in (training, whole, pieces, pong):
         if table.__name__ in options.tables:
             table(options)
 

@@ -9,21 +9,21 @@ how large |Q| becomes, and what it is good for. "Solved, then lost" counts seeds
 the target network alone (and in LayerNorm, where the name says so).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import figures
 import numpy as np
 import sweep
+import torch
 import tyro
-from sweep import RESULTS, Row, Run, dqn
+from sweep import Run, dqn
 
 PLAIN = dict(tuned=False, num_envs=8, learning_starts=2_000, train_frequency=4, learning_rate=1e-3, anneal_lr=False,
              buffer_size=50_000, batch_size=64, gamma=0.99, n_step=1, double_q=False, dueling=False, layer_norm=False,
-             loss="mse", max_grad_norm=0.0, hidden_sizes=(120, 84), exploration_fraction=0.2, end_e=0.05,
-             eval_frequency=25_000, eval_episodes=20, log_frequency=5_000)
+             loss="mse", hidden_sizes=(120, 84), exploration_fraction=0.2, end_e=0.05, eval_frequency=25_000,
+             eval_episodes=20, checkpoint_frequency=0)
 STEPS = {"CartPole-v1": 100_000, "LunarLander-v3": 150_000}
-NONE = dict(target_network_frequency=1, tau=1.0)
+NONE = dict(target_network_frequency=4, tau=1.0)  # after each gradient step, before the next one
 HARD = dict(target_network_frequency=500, tau=1.0)
 SETTINGS = {
     "none": NONE,
@@ -43,59 +43,54 @@ BOUND = {"CartPole-v1": 100.0, "LunarLander-v3": 400.0}
 SOLVED = {"CartPole-v1": 475.0, "LunarLander-v3": 200.0}  # Gymnasium's reward thresholds
 
 
-def watcher(run: Run) -> Callable[[int, dqn.Learner], dict[str, float]]:
-    """Measure, between two entries of the log, how far the TD targets of a fixed batch move in a gradient step.
+class Agent(dqn.Agent):
+    """Adds up how far the TD targets of a fixed batch move whenever the target network does.
 
-    TD targets of one step move only when the target network does: with each of its updates the mean absolute change is
-    added up, and the sum divided by the gradient steps since the last entry. So a target that swings to and fro counts
-    as moving. Also: the largest |Q| of 256 observations from the replay buffer, and the lag.
+    So a target that swings to and fro counts as moving. (With double_q the Q-network would move them, too.)
     """
-    args, sync_target = run.args, dqn.sync_target
-    rng = np.random.default_rng(0)
-    held: dict[str, object] = {"path": 0.0, "learner": None, "targets": None, "step": 0}
 
-    def targets() -> object:
-        learner = held["learner"]
-        return dqn.td_target(held["batch"], learner.q_network, learner.target_network)
+    batch = None  # there is none before the first entry of the log
 
-    def watched_sync(target: object, online: object, tau: float) -> None:
-        sync_target(target, online, tau)
-        if held["learner"]:
-            old, held["targets"] = held["targets"], targets()
-            held["path"] += (held["targets"] - old).abs().mean().item()
+    def watch(self, batch, step):
+        self.batch, self.targets, self.path, self.step = batch, self.td_target(batch), 0.0, step
 
-    def watch(step: int, learner: dqn.Learner) -> dict[str, float]:
-        if learner.loss is None:
-            return {}
-        if held["learner"] is None:
-            held.update(learner=learner, batch=learner.replay.sample(64, rng), step=step)
-            held["targets"] = targets()
-            return {}
-        steps = (step - held["step"]) / args.train_frequency * args.gradient_steps
-        observations = learner.replay.sample(256, rng).observations
-        values = {
-            "target/path": held["path"] / steps,
-            "q/largest": learner.q_network(observations).abs().max().item(),
-            "target/lag": ((learner.parameters - learner.target_parameters).norm() / learner.parameters.norm()).item(),
-        }
-        held.update(path=0.0, step=step)
-        return values
+    def sync_target(self):
+        super().sync_target()
+        if self.batch:
+            old, self.targets = self.targets, self.td_target(self.batch)
+            self.path += (self.targets - old).abs().mean().item()
 
-    dqn.sync_target = watched_sync  # in this process, which does this one run
-    return watch
+
+class Log(dqn.Log):
+    """Logs how far targets moved in each gradient step since the last entry, and the largest |Q| in 256 states."""
+
+    @torch.no_grad()
+    def learning(self, values, agent, replay, step):
+        rng = np.random.default_rng(step)
+        if agent.batch:
+            gradient_steps = (step - agent.step) / self.args.train_frequency
+            largest = agent.q_network(replay.sample(256, rng).observations).abs().max()
+            values |= {"target/path": agent.path / gradient_steps, "q/largest": largest}
+        agent.watch(agent.batch or replay.sample(64, rng), step)
+        super().learning(values, agent, replay, step)
+
+
+def prepare(run):
+    """Have dqn.train use both."""
+    dqn.Agent, dqn.Log, dqn.LOG_FREQUENCY = Agent, Log, 5_000
 
 
 @dataclass
-class Options:
+class Options(sweep.Options):
     """What to run."""
 
     env_ids: tuple[str, ...] = tuple(STEPS)  # environments
-    seeds: tuple[int, ...] = tuple(range(11, 21))  # one run each of every setting
 
 
-def runs(options: Options) -> list[Run]:
-    """All runs, seed by seed, so that what is there early can be compared."""
-    return [Run(env_id, name, seed, PLAIN | dict(total_timesteps=STEPS[env_id]) | changes)
+def runs(options):
+    """List all runs, seed by seed, so that what is there early can be compared."""
+    return [Run(env_id, name, seed, PLAIN | dict(total_timesteps=STEPS[env_id]) | changes
+                | (sweep.TRIAL if options.trial else {}))
             for seed in options.seeds for env_id in options.env_ids
             for name, changes in (SETTINGS | (HARSH_SETTINGS if env_id == "CartPole-v1" else {})).items()]
 
@@ -105,14 +100,13 @@ SHOWN = {
     "return": (sweep.FINAL, np.max),
     "target movement": ("target/path", np.mean),
     "largest |Q|": ("q/largest", np.max),
-    "lag": ("target/lag", np.mean),
-    "best": ("eval/episodic_return", np.max),
+    "best": (sweep.CURVE, np.max),
 }
 
 
-def report(rows: list[Row], options: Options) -> None:
+def report(rows, options):
     """Print the table, draw the figure."""
-    def values(env_id: str, name: str, title: str) -> np.ndarray:
+    def values(env_id, name, title):
         tag, reduce = SHOWN[title]
         return np.array([reduce(list(each.values())) for each in sweep.table(rows, env_id, name, tag).values()])
 
@@ -120,19 +114,20 @@ def report(rows: list[Row], options: Options) -> None:
     there = [(env_id, name) for env_id in options.env_ids for name in SETTINGS | HARSH_SETTINGS
              if (env_id, name) in done]
     print("| environment | target network | final return: IQM (95% interval) | lowest to highest seed | solved | "
-          "solved, then lost | TD targets move by | largest abs(Q): median (highest) | beyond any return | lag |\n"
-          "|-|-|-|-|-|-|-|-|-|-|")
+          "solved, then lost | TD targets move by | largest abs(Q): median (highest) | beyond any return |\n"
+          "|-|-|-|-|-|-|-|-|-|")
     for env_id, name in there:
-        final, path, largest, lag, best = (values(env_id, name, title) for title in SHOWN)
+        final, path, largest, best = (values(env_id, name, title) for title in SHOWN)
         low, high = sweep.interval(final)
         solved = final >= SOLVED[env_id]
         print(f"| {env_id} | {name} | {sweep.iqm(final):.1f} ({low:.1f} to {high:.1f}) | {final.min():.1f} to "
               f"{final.max():.1f} | {solved.sum()} of {len(final)} | {(~solved & (best >= SOLVED[env_id])).sum()} | "
               f"{np.median(path):.3g} | {np.median(largest):,.0f} ({largest.max():,.0f}) | "
-              f"{(largest > BOUND[env_id]).sum()} of {len(final)} | {np.median(lag):.3f} |")
+              f"{(largest > BOUND[env_id]).sum()} of {len(final)} |")
     titles = list(SHOWN)[:3]
     panels = [(env_id, title) for env_id in options.env_ids for title in titles]
-    with figures.panels(RESULTS / "target_network.svg", ["\n".join(panel) for panel in panels], 3, 3.6) as places:
+    path = options.results / "target_network.svg"
+    with figures.panels(path, ["\n".join(panel) for panel in panels], 3, 3.6) as places:
         for axes, (env_id, title) in zip(places, panels, strict=True):
             names = [name for each, name in there if each == env_id]
             for place, name in enumerate(names):
@@ -148,9 +143,10 @@ def report(rows: list[Row], options: Options) -> None:
             axes.invert_yaxis()
 
 
-def main(options: Options) -> None:
+def main(options):
     """Run what is missing, then report."""
-    report(sweep.sweep(RESULTS / "target_network.csv", runs(options), watcher), options)
+    rows = sweep.sweep(options.results / "target_network.csv", runs(options), prepare, ("target/path", "q/largest"))
+    report(rows, options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,205 @@
+"""Processes that are killed or interrupted, and runs of several processes under torchrun."""
+
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dqn
+from conftest import SHORT, TESTS, differences, finish, flags, gone, outcome, scalars, start, the_run, until
+
+KILLED = SHORT | dict(num_envs=2, n_step=3, total_timesteps=24_000, learning_starts=400, buffer_size=4000,
+                      eval_frequency=3000, checkpoint_frequency=400)
+
+
+def line(process, pattern):
+    """Read the process's output up to a line with the pattern."""
+    for text in process.stdout:
+        if re.search(pattern, text):
+            return text
+    raise AssertionError(f"no {pattern}: {process.stderr.read()}")
+
+
+def family(pid):
+    """A process and all that it started; torchrun's ranks are in groups of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(each for child in children for each in family(int(child)))]
+
+
+def steps_saved(run_dir):
+    return [int(path.name.split("-")[1]) for path in Path(run_dir).glob("checkpoint-*-0-of-*.pt")]
+
+
+@pytest.mark.parametrize(("ranks", "kills"), [(0, 10), (2, 10)])
+def test_after_ten_kills_nothing_differs(ranks, kills, in_tmp):
+    """SIGKILL to all processes: at random moments, every other time as soon as a checkpoint is being written."""
+    settings = KILLED | (dict(total_timesteps=16_000) if ranks else {})
+    finish(start(*flags(**settings, resume="runs/alone"), cwd=in_tmp, ranks=ranks))
+    rng, steps, in_writes = random.Random(1), [], 0
+    for number in range(kills):
+        process = start(*flags(**settings, resume="runs/killed"), cwd=in_tmp, ranks=ranks)
+        line(process, "a new run|goes on")
+        time.sleep(0.3 * rng.random())
+        if number % 2:
+            until(lambda: list(in_tmp.glob("runs/killed/.checkpoint*")) or process.poll() is not None)
+        assert process.poll() is None, "it came to its end"
+        for pid in family(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        in_writes += bool(list(in_tmp.glob("runs/killed/.checkpoint*")))
+        steps.append(max(steps_saved("runs/killed"), default=0))
+        until(lambda process=process: gone(process))
+    assert steps == sorted(steps)
+    assert in_writes
+    assert 0 < steps[-1] < settings["total_timesteps"]
+    finish(start(*flags(**settings, resume="runs/killed"), cwd=in_tmp, ranks=ranks))
+    names = {f"checkpoint-{settings['total_timesteps']}-{rank}-of-{ranks or 1}.pt" for rank in range(ranks or 1)}
+    assert {path.name for path in Path("runs/killed").glob("checkpoint*")} == names
+    assert differences(outcome(in_tmp / "runs/alone"), outcome(in_tmp / "runs/killed")) == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("settings", [{}, {"async_envs": True}, {"env_id": "ALE/Pong-v5", "hidden_sizes": (4,)}])
+def test_a_signal_to_the_whole_group_ends_a_run_in_order_and_leaves_no_process(settings, number, status, in_tmp):
+    """As Ctrl-C, timeout(1), systemd and Slurm send it: the environments' processes get it, too."""
+    process = start(*flags(**KILLED | settings | dict(total_timesteps=10**7, eval_frequency=400, batch_size=8)),
+                    cwd=in_tmp)
+    line(process, "greedy return")
+    os.killpg(process.pid, number)
+    finish(process, status, timeout=20)
+    assert not process.err
+    until(lambda: gone(process), timeout=5)
+    run_dir = the_run(in_tmp)
+    assert process.out.endswith(f"interrupted; to go on: python dqn.py --resume runs/{run_dir.name}\n")
+    (step,) = steps_saved(run_dir)
+    shown = scalars(run_dir)
+    assert shown["eval/episodic_return"][0][0] == 400
+    process = start("--resume", run_dir, cwd=in_tmp)
+    line(process, f"goes on at step {step:,}")
+    process.send_signal(number)
+    finish(process, status)
+    assert steps_saved(run_dir)[0] > step, "nothing is lost, and the run goes on"
+
+
+def test_a_signal_between_any_two_statements_ends_a_run_saved(in_tmp, monkeypatch):
+    """The list of signals fills up before each of the loop's calls in turn; there is a checkpoint of the last step."""
+    calls = {"act": dqn.Agent, "add": dqn.ReplayBuffer, "update": dqn.Agent, "sync_target": dqn.Agent,
+             "progress": dqn.Log, "learning": dqn.Log, "evaluation": dqn.Log, "before_checkpoint": dqn.Log,
+             "save_checkpoint": dqn, "restart": dqn, "due": dqn}
+    for name, place in calls.items():
+        signals, count, method = [], 0, getattr(place, name)
+
+        def call(*given, signals=signals, method=method):
+            nonlocal count
+            count += 1
+            if count == 2 and not signals:
+                signals.append(signal.SIGTERM)
+            return method(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, call)
+            settings = SHORT | dict(resume=f"runs/{name}", checkpoint_frequency=100, eval_frequency=100)
+            dqn.train(dqn.Args(**settings), signals)
+        (step,) = steps_saved(f"runs/{name}")
+        assert 0 < step < 1200
+        saved = torch.load(f"runs/{name}/checkpoint-{step}-0-of-1.pt", weights_only=True)
+        assert saved["replay"]["row"] >= step % 600 - 1
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_run_at_once(first, in_tmp):
+    process = start(*flags(**SHORT | dict(env_id="environments:Faulty-stuck-v0")), cwd=in_tmp)
+    line(process, "step 240 of")
+    time.sleep(0.5)
+    process.send_signal(first)
+    time.sleep(1)
+    assert process.poll() is None, "the pass is not over: the environment takes a minute for a step"
+    process.send_signal(signal.SIGTERM)
+    finish(process, -signal.SIGTERM, timeout=2)
+
+
+def test_a_living_run_cannot_be_resumed_and_a_killed_one_can_although_its_environments_had_processes(in_tmp):
+    settings = KILLED | dict(total_timesteps=10**7, async_envs=True, resume="runs/it")
+    process = start(*flags(**settings), cwd=in_tmp)
+    line(process, "a new run")
+    before = until(Path("runs/it/args.json").exists) and Path("runs/it/args.json").read_bytes()
+    other = finish(start("--resume", "runs/it", "--eval-episodes", 7, cwd=in_tmp), status=2)
+    assert other.err == "dqn.py: error: --resume runs/it: another process trains there; wait for it\n"
+    assert Path("runs/it/args.json").read_bytes() == before
+    until(lambda: steps_saved("runs/it"))
+    process.kill()
+    process.communicate()
+    third = start("--resume", "runs/it", cwd=in_tmp)
+    line(third, "goes on")
+    third.send_signal(signal.SIGTERM)
+    finish(third, 143)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run of two ranks: its folder and its output."""
+    folder = tmp_path_factory.mktemp("two")
+    process = finish(start(*flags(**SHORT | dict(num_envs=4, save_model=True)), cwd=folder, ranks=2))
+    return the_run(folder), process.out
+
+
+def parts(run_dir, step=1200):
+    return [torch.load(run_dir / f"checkpoint-{step}-{rank}-of-2.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_ranks_end_with_equal_networks_and_optimisers_and_different_experience(two):
+    one, other = parts(two[0])
+    for name in ("q_network", "target_network", "optimizer", "global_step", "best_return"):
+        assert differences(one[name], other[name]) == []
+    assert one["optimizer"]["state"][0]["step"] == 100  # every 10 steps after 200
+    for part in (one, other):
+        assert part["replay"]["frames"].shape[:2] == (600 // 4 + 2 + 1, 2)  # half of the environments and the buffer
+    assert (one["replay"]["frames"] == other["replay"]["frames"]).all(-1).float().mean() < 0.2
+
+
+def test_only_rank_0_prints_logs_and_evaluates_and_frequencies_are_those_of_one_process(two):
+    run_dir, text = two
+    for once in ("a new run", "step 1,200 of 1,200", "step 500: greedy", "at the end", "look at it"):
+        assert text.count(once) == 1, text
+    assert len(list(run_dir.glob("events*"))) == 1
+    shown = scalars(run_dir)
+    assert [step for step, _ in shown["eval/episodic_return"]] == [500, 1000, 1200]
+    assert [step for step, _ in shown["losses/td_loss"]] == [step for step in range(240, 1201, 60)
+                                                             if step not in (252, 500, 752, 1000)]
+
+
+def test_a_gradient_step_of_two_ranks_is_that_of_one_process_on_both_batches(in_tmp):
+    finish(start(cwd=in_tmp, ranks=2, script=TESTS / "two_ranks.py"))
+    one, other = (torch.load(in_tmp / f"step{rank}.pt", weights_only=False) for rank in range(2))
+    assert all(map(torch.equal, one["before"], other["before"]))
+    assert all(map(torch.equal, one["after"], other["after"]))
+    assert not torch.equal(one["batch"][0], other["batch"][0])
+    torch.manual_seed(1)
+    args = dqn.Args(**one["settings"])
+    agent = dqn.Agent(args, dqn.make_envs(args, 1), torch.device("cpu"))
+    assert all(map(torch.equal, one["before"], agent.q_network.parameters())), "the seed's, on all ranks"
+    agent.update(dqn.Batch(*map(torch.cat, zip(one["batch"], other["batch"], strict=True))), 0.1)
+    for found, expected in zip(one["after"], agent.q_network.parameters(), strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_another_number_of_ranks_is_refused_in_one_line(two):
+    process = finish(start("--resume", two[0], "--total-timesteps", 2000, cwd=two[0].parent), status=2)
+    assert process.err == f"dqn.py: error: --resume {two[0]}: 1 processes are not as many as before\n"
+    process = finish(start(*flags(**SHORT | dict(num_envs=3)), cwd=two[0].parent, ranks=2), status=1)  # torchrun's
+    errors = {text for text in process.err.splitlines() if text.startswith("dqn.py")}
+    assert errors == {"dqn.py: error: --num-envs 3: must be a multiple of 2 processes"}
+
+
+def test_with_max_restarts_a_run_goes_on_by_itself(two, in_tmp):
+    """Rank 1 dies once, at step 700."""
+    process = finish(start(*flags(**SHORT | dict(num_envs=4), resume="runs/it"), cwd=in_tmp, ranks=2,
+                           script=TESTS / "two_ranks.py"))
+    assert (in_tmp / "died").exists()
+    assert "runs/it: goes on at step 500" in process.out
+    assert differences(outcome(two[0]), outcome(in_tmp / "runs/it")) == []
