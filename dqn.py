@@ -12,8 +12,8 @@ from there on. It is fitted to a target that an older copy of itself, the target
 
     td_target = r + gamma * max_a' Q_target(s', a')
 
-The command line begins with what TUNED has for an environment: CartPole-v1 looks ten steps ahead,
-for example. Plain DQN is --no-tuned --no-double-q --no-layer-norm --no-anneal-lr.
+On the command line, TUNED replaces the defaults of Args for the environments that it lists, such as
+CartPole-v1. Plain DQN is --no-tuned --no-double-q --no-layer-norm --no-anneal-lr.
 
 Settings come first, then what learns (environments, network, replay buffer, agent), then the loop,
 `train`. All that follows serves the loop: log, evaluation, files, processes, the command line.
@@ -61,9 +61,9 @@ from tqdm import tqdm
 
 # torchrun starts several processes. Each has its part of the environments, the buffer and every
 # batch, and gradients are averaged. Without torchrun, this process is the only one.
-RANK = int(os.environ.get("RANK", 0))  # number of this process; 0 evaluates, and logs what it sees
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # the same two on this machine
+RANK = int(os.environ.get("RANK", 0))  # this process; 0 also evaluates, and logs its own episodes
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # the same two for this machine alone
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -79,7 +79,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(kw_only=True)
 class Args:
-    """All settings. For environments that it lists, TUNED (below) replaces these defaults.
+    """All settings.
 
     Steps are those of all environments together: with eight, a pass of the loop is eight steps.
     """
@@ -96,7 +96,7 @@ class Args:
     tuned: bool = True  # begin with TUNED; flags that are given still win
 
     # the network
-    hidden_sizes: tuple[int, ...] = (120, 84)  # units of hidden layers; none: no such layers
+    hidden_sizes: tuple[int, ...] = (120, 84)  # units of the hidden layers; may be empty
     dueling: bool = False  # the last layer gives a state value and advantages
     layer_norm: bool = True  # normalise before each activation
 
@@ -125,7 +125,7 @@ class Args:
     eval_episodes: int = 20  # episodes of an evaluation, played side by side
     eval_max_steps: int = 10_000  # an episode of an evaluation is cut after so many steps
     stop_return: float = math.inf  # end the run once an evaluation reaches this mean return
-    checkpoint_frequency: int = 50_000  # steps between two checkpoints, which restart episodes
+    checkpoint_frequency: int = 50_000  # steps between two checkpoints (see `restart`)
     save_model: bool = True  # write model.pt, the best network by greedy evaluation
     capture_video: bool = False  # record greedy episodes at the end
     exp_name: str = "dqn"  # part of the run folder's name
@@ -137,7 +137,7 @@ class Args:
     torch_deterministic: bool = True  # have cuDNN use deterministic kernels only
 
     # instead of a new run
-    resume: str | None = None  # folder of a run to go on with; if empty, a new run starts
+    resume: str | None = None  # folder of a run to go on with, or for a new one if empty
     evaluate: str | None = None  # folder of a run whose best network plays
 
 
@@ -186,9 +186,9 @@ class WithoutInfo(gym.Wrapper):
         return *self.env.step(action)[:4], {}
 
 
-def wrap(env, args, video_folder, main_process):
+def wrap(env, args, video_folder, main_pid):
     """Wrap one environment: its observations become numbers (*shape), or (frames, *shape)."""
-    if os.getpid() != main_process:  # a process of async_envs leaves Ctrl-C to the main one
+    if os.getpid() != main_pid:  # a process of async_envs leaves Ctrl-C to the main one
         ignore_signals()
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
@@ -210,7 +210,7 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
 
     Raises UsageError if there is no such environment, or DQN cannot learn it.
     """
-    main_process = os.getpid()
+    main_pid = os.getpid()
     is_atari = "ALE/" in args.env_id
     is_cartpole = args.env_id == "CartPole-v1" and args.frame_stack == 1 and num_envs > 4
     own_vector = (is_atari or is_cartpole) and not (async_envs or video_folder)
@@ -221,7 +221,7 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
     else:
         options = dict(
             vectorization_mode="async" if async_envs else "sync",
-            wrappers=[lambda env: wrap(env, args, video_folder, main_process)],
+            wrappers=[lambda env: wrap(env, args, video_folder, main_pid)],
             disable_env_checker=True,
         )
         if is_atari:
@@ -345,23 +345,23 @@ class ReplayBuffer:
     `terminated` only: its final observation, p2, is there to bootstrap from, as any other is.
     """
 
-    STATE = "frames", "actions", "rewards", "terminated", "is_reset", "age"
+    STATE = "frames", "actions", "rewards", "terminated", "is_reset", "age", "resets_next"
 
     def __init__(self, args, envs, device):
         """Take the memory. Raises UsageError if there is too little."""
         self.args = args
         self.device = device
         self.num_envs = envs.num_envs  # of this process; args.num_envs counts those of all
-        # `sample` skips n_step + frame_stack rows, so these are added. Three rows at least, as two
-        # resets can follow each other (an episode's end, then a restart).
+        # Rows that `sample` skips are added. Three rows at least, as two resets can follow each other
+        # (an episode's end, then a restart).
         self.num_rows = max(args.buffer_size // args.num_envs, 3) + args.n_step + args.frame_stack
         columns = self.num_rows, self.num_envs
         space = envs.single_observation_space
         frame_shape = space.shape[1:] if args.frame_stack > 1 else space.shape
         dtypes = {np.uint8: torch.uint8, np.bool_: torch.bool}
         dtype = dtypes.get(space.dtype.type, torch.float32)
-        place_bytes = math.prod(frame_shape) * dtype.itemsize + 8 + 4 + 1 + 1 + 4  # arrays below
-        check_memory(args, math.prod(columns) * place_bytes, device)
+        frame_bytes = math.prod(frame_shape) * dtype.itemsize
+        check_memory(args, math.prod(columns) * (frame_bytes + 18), device)  # 18: the other arrays
 
         # Frames are on the device that trains; the rest is NumPy's, which is faster at indexing.
         # The last row of frames stays blank, for stacks at the beginning of an episode.
@@ -372,7 +372,7 @@ class ReplayBuffer:
         self.terminated = np.zeros(columns, bool)
         self.is_reset = np.zeros(columns, bool)
         self.age = np.zeros(columns, np.int32)
-        self.resets_next = np.zeros(self.num_envs, bool)  # those that the next step only resets
+        self.resets_next = np.zeros(self.num_envs, bool)  # environments whose next step is only a reset
         self.row = 0  # of the newest observations
         self.size = 0  # rows before it that are filled
 
@@ -529,7 +529,7 @@ class Agent:
 # ---------------------------------------------------------------------------------------- training
 
 LOG_FREQUENCY = 1_000  # steps between two entries in the log, or a twentieth of a shorter run
-ENVIRONMENTS, ACTIONS_AND_SAMPLES, EVALUATION, PLAY, PROBE = range(5)  # purposes of random numbers
+ENVIRONMENTS, ACTIONS_AND_SAMPLES, EVALUATION, PLAY, PROBE = range(5)  # keys for derive_seed
 
 
 def derive_seed(seed, *key):
@@ -545,11 +545,11 @@ def due(frequency, step, num_envs):
 def restart(args, envs, replay, step):
     """Reset all environments and random numbers, with seeds that follow from (seed, step, rank).
 
-    A run that was killed and resumed is equal to one left alone, to the last bit. A checkpoint
-    cannot hold the state of an environment, so a run restarts after each checkpoint, and a resumed
-    run after reading one. The price: checkpoint_frequency is part of the experiment, and the buffer
-    sees a truncation. (What Ctrl-C or stop_return ended has a checkpoint at a step of its own, so a
-    run that goes on from there is not equal to one left alone.)
+    A checkpoint cannot hold the state of an environment. So all of it is reset right after one,
+    whether the run goes on or was killed and is resumed: both go on equally, to the last bit, with
+    the same settings on the same machine. The price: checkpoint_frequency is part of the
+    experiment, and the buffer sees a truncation. (Ctrl-C and stop_return save at a step of their
+    own: a run that goes on from there is not equal to one left alone.)
     """
     observations, _ = envs.reset(seed=derive_seed(args.seed, ENVIRONMENTS, step, RANK))
     replay.begin_episodes(observations)
@@ -640,7 +640,7 @@ def train(args, signals=()):
             save_checkpoint(run_dir, state, global_step, best_return)
             if not stop:
                 observations, rng = restart(args, envs, replay, global_step)
-                metrics = {}
+                metrics = {}  # a resumed run has none, and both shall log alike
 
     envs.close()
     if log:
@@ -852,17 +852,17 @@ def writing(path):
             cause = cause.__context__
         if not isinstance(cause, OSError):
             raise
-        raise TrainingError(f"{path} not written: {cause}; what was there is whole") from error
+        raise TrainingError(f"{path} cannot be written: {cause}") from error
 
 
-def report_thread_error(args):
-    """Print a thread's error, but not a failed write of TensorBoard's, whose next one fails too."""
-    if not issubclass(args.exc_type, OSError):
-        threading.__excepthook__(args)
+def report_thread_error(error):
+    """Print a thread's error, but not TensorBoard's failed write: its next one raises here."""
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
 
 
 def save(path, content):
-    """Write a file that is either whole or not there, whenever the process or machine dies."""
+    """Write a file whole or not at all: what was there stays until the new one is complete."""
     partial = path.with_name(f".{path.name}.tmp")
     try:
         with writing(path):
@@ -879,7 +879,7 @@ def save(path, content):
 
 
 def read(path):
-    """Read what `save` wrote: tensors and numbers only, mapped from disk, which cannot run code."""
+    """Read tensors and numbers that `save` wrote; weights_only: a file cannot run code."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -1068,9 +1068,20 @@ def validate(args):
             raise UsageError(f"{flag(args, name)}: must be a multiple of {WORLD_SIZE} processes")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UsageError(f"{flag(args, 'track')}: needs wandb; pip install wandb")
-    least = args.num_envs * (args.n_step + args.frame_stack + 2)  # fewest that leave one to sample
+    may_change = MAY_CHANGE | ({"seed", "env_kwargs"} if args.evaluate else set())
+    for name, value in vars(saved_args(args) or args).items():
+        if name not in may_change and getattr(args, name) != value:
+            raise UsageError(f"{flag(args, name)}: the run has {value} and keeps it")
+    least = args.num_envs * (args.n_step + args.frame_stack + 2)  # of these some can be sampled
     if args.learning_starts < least:
         raise UsageError(f"{flag(args, 'learning_starts')}: must be at least {least}")
+
+
+def saved_args(args):
+    """Read the settings of the run to go on with, or to evaluate; None if a new one is to begin."""
+    run_dir = args.evaluate or args.resume
+    is_new = run_dir is None or not any(Path(run_dir).glob("[!.]*"))
+    return None if is_new else load_args(run_dir)
 
 
 def tuned_settings(env_id):
@@ -1083,17 +1094,11 @@ def parse_args(argv=None):
     """Read the command line: flags win, then the settings of a run or TUNED, then Args."""
     # A first pass finds the flags that decide the defaults of the second.
     given, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
-    run_dir = given.evaluate or given.resume
-    is_run = run_dir is not None and any(Path(run_dir).glob("[!.]*"))  # else a new one begins there
     tuned = tuned_settings(given.env_id) if given.tuned else {}
-    defaults = load_args(run_dir) if is_run else Args(**tuned)
+    defaults = saved_args(given) or Args(**tuned)
     # tyro makes a flag of each key that a dict has by default, so begin with an empty one.
     args = tyro.cli(Args, args=argv, default=replace(defaults, env_kwargs={}))
     args.env_kwargs = defaults.env_kwargs | args.env_kwargs
-    may_change = MAY_CHANGE | ({"seed", "env_kwargs"} if given.evaluate else set())
-    for name, value in vars(defaults).items():
-        if is_run and name not in may_change and getattr(args, name) != value:
-            raise UsageError(f"{flag(args, name)}: {run_dir} has {value} and keeps it")
     return args
 
 
@@ -1104,7 +1109,8 @@ def main():
         args = parse_args()
         if args.evaluate is not None:
             validate(args)
-            q_network = load(args.evaluate).to(start_processes(args))
+            device = start_processes(args)
+            q_network = load(args.evaluate).to(device)
             if args.capture_video:
                 check_video(args)
                 record(q_network, args, f"{args.evaluate}/videos/best")

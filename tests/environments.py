@@ -62,7 +62,7 @@ class Walk(gym.Env):
 
     def __init__(self, space=None, fault=None, limit=10, render_mode=None):
         self.observation_space = spaces.Box(-1, 1, (2,), np.float32) if space is None else space
-        self.fault, self.limit, self.life = fault, limit, 0
+        self.fault, self.limit, self.life, self.render_mode = fault, limit, 0, render_mode
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -105,14 +105,14 @@ class Catch(gym.Env):
     middle, so only three to the right side catch it, and one frame does not tell which side that is.
     """
 
-    observation_space = spaces.Box(0, 255, (84, 84), np.uint8)
+    observation_space = spaces.Box(0, 255, (42, 42), np.uint8)  # every other pixel
     action_space = spaces.Discrete(3)  # left, stay, right
 
     def observe(self):
         frame = np.zeros((84, 84), np.uint8)
         frame[6 * self.fallen : 6 * self.fallen + 6, self.ball - 2 : self.ball + 3] = 255
         frame[80:, self.paddle - 4 : self.paddle + 5] = 255
-        return frame
+        return frame[::2, ::2]
 
     @property
     def ball(self):
@@ -315,6 +315,7 @@ for each in (Coded, Walk, Unpainted, Catch, Cam, CamScaled, Winner, Trail, Missi
 gym.register("Both-v0", entry_point=Clock, kwargs={"both": True})
 gym.register("Lake-v0", entry_point="gymnasium.envs.toy_text.frozen_lake:FrozenLakeEnv", max_episode_steps=20,
              kwargs={"desc": ["SF", "FG"], "is_slippery": False})
+gym.register("Short-v0", entry_point=Walk, kwargs={"limit": 1})
 gym.register("Endless-v0", entry_point=Walk, kwargs={"limit": -1})
 gym.register("Unbuilt-v0", entry_point="a_simulator_nobody_has:Env")
 for fault in ("observation", "reward", "raise", "stuck"):

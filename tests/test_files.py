@@ -50,7 +50,8 @@ KINDS = {
     "a small ring": dict(buffer_size=40, env_id="MountainCar-v0", loss="huber"),
     "no end": dict(env_id="environments:Endless-v0"),
     "dictionaries, stacked": dict(env_id="environments:Space-dict-v0", frame_stack=3, num_envs=2),
-    "Atari": dict(env_id="ALE/Breakout-v5", num_envs=2, hidden_sizes=(8,), frame_stack=4, clip_rewards=True),
+    "Atari": dict(env_id="ALE/Breakout-v5", num_envs=2, hidden_sizes=(8,), frame_stack=4, clip_rewards=True,
+                  eval_max_steps=5, train_frequency=40),
     "compiled": dict(compile=True),
 }
 
@@ -58,6 +59,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_died_three_times_ends_as_if_it_had_been_left_alone(kind, in_tmp, monkeypatch):
     settings = KINDS[kind]
+    monkeypatch.setattr(dqn, "FINAL_EPISODES", 2)
     alone = train(**settings, resume="runs/alone")
     if settings.get("compile"):
         torch._dynamo.reset()  # as in another process
@@ -145,8 +147,9 @@ def test_a_flag_that_would_make_another_experiment_is_refused_and_equal_ones_pas
     before = snapshot(run_dir)
     for name, value in REFUSED.items():
         words = flags(**{name: value}) if name != "env_kwargs" else ["--env-kwargs", "sutton_barto_reward", "True"]
-        with pytest.raises(UsageError, match=rf"^--{name.replace('_', '-')} .*: runs/it has .* and keeps it$"):
-            dqn.parse_args(["--resume", "runs/it", *words])
+        args = dqn.parse_args(["--resume", "runs/it", *words])
+        with pytest.raises(UsageError, match=rf"^--{name.replace('_', '-')} .*: the run has .* and keeps it$"):
+            dqn.train(args)
     assert snapshot(run_dir) == before
     assert ALLOWED.keys() == MAY_CHANGE
     assert ALLOWED.keys() | REFUSED.keys() == {field.name for field in fields(Args)}, "each is one or the other"
@@ -163,11 +166,12 @@ def test_arguments_of_the_environment_beside_resume_must_be_the_same(in_tmp):
           total_timesteps=300)
     args = dqn.parse_args("--resume runs/it --env-kwargs is_slippery False".split())
     assert args.env_kwargs == {"is_slippery": False, "map_name": "4x4"}
-    with pytest.raises(UsageError, match=r"--env-kwargs .*: runs/it has .* and keeps it"):
-        dqn.parse_args("--resume runs/it --env-kwargs is_slippery True".split())
-    assert dqn.parse_args("--evaluate runs/it --env-kwargs is_slippery True".split()).env_kwargs["is_slippery"]
-    with pytest.raises(UsageError, match="--env-id Taxi-v4: runs/it has FrozenLake-v1 and keeps it"):
-        dqn.parse_args("--evaluate runs/it --env-id Taxi-v4".split())
+    dqn.validate(args)
+    with pytest.raises(UsageError, match=r"--env-kwargs .*: the run has .* and keeps it"):
+        dqn.validate(dqn.parse_args("--resume runs/it --env-kwargs is_slippery True".split()))
+    dqn.validate(dqn.parse_args("--evaluate runs/it --env-kwargs is_slippery True".split()))
+    with pytest.raises(UsageError, match="--env-id Taxi-v4: the run has FrozenLake-v1 and keeps it"):
+        dqn.validate(dqn.parse_args("--evaluate runs/it --env-id Taxi-v4".split()))
 
 
 def test_a_folder_that_is_missing_or_empty_begins_a_run_there_and_one_of_other_things_is_refused(cli, in_tmp):
@@ -244,7 +248,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_what_was_written_before_goes_on(
     folder = disk(size)
     settings = SHORT | dict(buffer_size=20_000, total_timesteps=12_000, checkpoint_frequency=1000)
     process = finish(start(*flags(**settings), cwd=folder), status=1)
-    assert re.fullmatch(r"dqn.py: error: runs/\S+ not written: .*No space left on device; .*\n", process.err)
+    assert re.fullmatch(r"dqn.py: error: runs/\S+ cannot be written: .*No space left on device\n", process.err)
     run_dir = the_run(folder)
     assert not [path for path in run_dir.rglob("*") if path.suffix == ".tmp"]
     for path in run_dir.glob("*.pt"):
@@ -263,11 +267,11 @@ def test_files_that_may_not_grow_end_a_run_too(in_tmp):
     """The same where nothing can be mounted: a limit on the size of files."""
     process = start(*flags(**SHORT | dict(buffer_size=20_000)), cwd=in_tmp, before=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY)))
-    assert re.fullmatch(r"dqn.py: error: runs/\S+checkpoint\S+ not written: .*File too large; .*\n",
+    assert re.fullmatch(r"dqn.py: error: runs/\S+checkpoint\S+ cannot be written: .*File too large\n",
                         finish(process, status=1).err)
 
 
 def test_a_place_where_runs_cannot_be_written_ends_in_one_line(cli, in_tmp):
     (in_tmp / "runs").write_text("a file")
     process = cli(**SHORT, status=1)
-    assert re.fullmatch(r"dqn.py: error: runs/\S+ not written: .*Not a directory.*\n", process.err)
+    assert re.fullmatch(r"dqn.py: error: runs/\S+ cannot be written: .*Not a directory.*\n", process.err)

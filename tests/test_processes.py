@@ -35,8 +35,8 @@ def steps_saved(run_dir):
     return [int(path.name.split("-")[1]) for path in Path(run_dir).glob("checkpoint-*-0-of-*.pt")]
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(0, 10), (2, 10)])
-def test_after_ten_kills_nothing_differs(ranks, kills, in_tmp):
+@pytest.mark.parametrize(("ranks", "kills"), [(0, 10), (2, 5)])
+def test_after_ten_kills_or_five_of_two_ranks_nothing_differs(ranks, kills, in_tmp):
     """SIGKILL to all processes: at random moments, every other time as soon as a checkpoint is being written."""
     settings = KILLED | (dict(total_timesteps=16_000) if ranks else {})
     finish(start(*flags(**settings, resume="runs/alone"), cwd=in_tmp, ranks=ranks))
@@ -46,7 +46,7 @@ def test_after_ten_kills_nothing_differs(ranks, kills, in_tmp):
         line(process, "a new run|goes on")
         time.sleep(0.3 * rng.random())
         if number % 2:
-            until(lambda: list(in_tmp.glob("runs/killed/.checkpoint*")) or process.poll() is not None)
+            until(lambda: list(in_tmp.glob("runs/killed/.checkpoint*")))
         assert process.poll() is None, "it came to its end"
         for pid in family(process.pid):
             os.kill(pid, signal.SIGKILL)

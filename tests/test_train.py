@@ -18,9 +18,11 @@ from environments import Catch
 
 @pytest.mark.parametrize("settings", [
     dict(num_envs=1), dict(num_envs=3, n_step=3), dict(num_envs=8, dueling=True),
-    dict(env_id="LunarLander-v3", num_envs=2), dict(env_id="ALE/Pong-v5", frame_stack=2, num_envs=2, hidden_sizes=(4,)),
+    dict(env_id="LunarLander-v3", num_envs=2),
+    dict(env_id="ALE/Pong-v5", frame_stack=2, num_envs=2, hidden_sizes=(4,), eval_max_steps=5, train_frequency=40),
 ])
-def test_a_seed_repeats_to_the_bit_whatever_the_global_generators_do(settings, in_tmp):
+def test_a_seed_repeats_to_the_bit_whatever_the_global_generators_do(settings, in_tmp, monkeypatch):
+    monkeypatch.setattr(dqn, "FINAL_EPISODES", 2)
     outcomes = []
     for i in range(2):
         random.seed(i)
@@ -106,7 +108,7 @@ def test_cartpole_is_learned(in_tmp, capsys):
 # 700 steps of the one environment, and the resets after 69 episodes of 10 steps and at two checkpoints
 @pytest.mark.parametrize("name", ["observation", "reward"])
 def test_what_float32_cannot_hold_ends_the_run_with_the_step_and_blames_the_environment(name, in_tmp):
-    with pytest.raises(TrainingError, match=rf"^step 76\d: {name} not finite in float32; mend the environment"):
+    with pytest.raises(TrainingError, match=rf"^step 76\d: {name} not finite in float32; fix the environment"):
         train(env_id=f"environments:Faulty-{name}-v0")
 
 

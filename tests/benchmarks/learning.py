@@ -1,4 +1,4 @@
-"""What the default commands learn, seed by seed: one tidy CSV, tables and figures.
+"""What the default commands learn, seed by seed: one tidy CSV, a table and figures.
 
     pip install -r requirements.txt -r tests/benchmarks/requirements.txt
     python tests/benchmarks/learning.py                                        # hours on two cores
@@ -16,7 +16,7 @@ import figures
 import numpy as np
 import sweep
 import tyro
-from sweep import BEST, CURVE, FINAL, SECONDS, SPREAD, Run
+from sweep import BEST, CURVE, FINAL, Run
 from target_network import HARD, PLAIN, SETTINGS, STEPS
 
 CONTROL = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3")
@@ -93,31 +93,26 @@ def number(value):
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def tables(rows, shown):
-    """Write Markdown: a line for each environment and setting, then every seed's final return."""
-    summary = ["| environment | setting | final: IQM (95% interval) | mean | lowest | best network | steps | time |",
-               "|-|-|-|-|-|-|-|-|"]
-    every = ["| environment | setting | final greedy return ± spread over 100 episodes (best network), by seed |",
-             "|-|-|-|"]
+def table(rows, shown):
+    """Write Markdown: a line for each environment and setting."""
+    lines = ["| environment | setting | final: IQM (95% interval) | mean | lowest | best network | steps | time |",
+             "|-|-|-|-|-|-|-|-|"]
     for env_id, setting in shown:
-        final, spread, best, steps, seconds = (sweep.last(rows, env_id, setting, tag)
-                                               for tag in (FINAL, SPREAD, BEST, sweep.STEPS, SECONDS))
+        final, best, steps, seconds = (sweep.last(rows, env_id, setting, tag)
+                                       for tag in (FINAL, BEST, sweep.STEPS, sweep.SECONDS))
         low, high = sweep.interval(final)
-        summary.append(f"| {env_id} | {setting} | {number(sweep.iqm(final))} ({number(low)} to {number(high)}) | "
-                       f"{number(final.mean())} | {number(final.min())} | {number(best.mean())} | "
-                       f"{steps.mean():,.0f} | {np.median(seconds):.0f} s |")
-        each = ", ".join(f"{number(mean)} ± {wide:.1f} ({number(top)})"
-                         for mean, wide, top in zip(final, spread, best, strict=True))
-        every.append(f"| {env_id} | {setting} | {each} |")
-    return "\n".join([*summary, "", *every])
+        lines.append(f"| {env_id} | {setting} | {number(sweep.iqm(final))} ({number(low)} to {number(high)}) | "
+                     f"{number(final.mean())} | {number(final.min())} | {number(best.mean())} | "
+                     f"{steps.mean():,.0f} | {np.median(seconds):.0f} s |")
+    return "\n".join(lines)
 
 
 def report(rows, folder):
-    """Print the tables and draw the figures for what there is."""
+    """Print the table and draw the figures for what there is."""
     done = {row[:2] for row in rows}
     there = [(env_id, name) for name in ("tuned", "plain") for env_id in CONTROL + TOYS if (env_id, name) in done]
     there += [(env_id, name) for env_id in STEPS for name in ABLATIONS if (env_id, name) in done]
-    print(tables(rows, there))
+    print(table(rows, there))
     for setting, columns in (("tuned", 2), ("plain", 4)):
         if env_ids := [env_id for env_id in CONTROL + TOYS if (env_id, setting) in there]:
             draw_curves(folder / f"{setting}.svg", rows, setting, env_ids, columns)

@@ -1,21 +1,15 @@
-"""Learning curves on MinAtar Breakout, dqn.py against Stable-Baselines3's DQN: one tidy CSV and a figure.
+"""Learning curves on MinAtar Breakout, dqn.py against Stable-Baselines3's DQN: one tidy CSV, a table and a figure.
 
     pip install -r requirements.txt -r tests/benchmarks/requirements.txt
     python tests/benchmarks/minatar_breakout.py         # under half an hour on two cores
-    python tests/benchmarks/minatar_breakout.py --steps 20000 --seeds 1 --results /tmp/trial
 
 Both have the same network (MinAtar's, Young & Tian 2019), batch, frequencies, learning rate and exploration; what
 dqn.py has beyond that is in OURS. Each evaluates itself on greedy episodes, 20 at each evaluation and 100 at the end.
-Writes minatar.csv (a row for each evaluation, the last one's 100 episodes last) and minatar.svg, and prints a row for
-each run. What the CSV holds is not run again.
+Writes results/minatar_breakout.csv and .svg. Runs that the CSV holds are not repeated.
 """
 
-import csv
-import os
-import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,100 +19,68 @@ import numpy as np
 import sb3_dqn
 import sweep
 import tyro
+from learning import curve
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
 ENV_ID = "minatar_envs:MinAtar/Breakout-v1"
-SHARED = dict(learning_rate=2.5e-4, buffer_size=100_000, learning_starts=5_000, batch_size=32, train_frequency=4,
-              target_network_frequency=1_000, end_e=0.01, exploration_fraction=0.2, max_grad_norm=10.0)
-EPISODES, FINAL_EPISODES, MAX_STEPS = 20, 100, 5_000
+SHARED = dict(total_timesteps=200_000, learning_rate=2.5e-4, buffer_size=100_000, learning_starts=5_000, batch_size=32,
+              train_frequency=4, target_network_frequency=1_000, end_e=0.01, exploration_fraction=0.2,
+              max_grad_norm=10.0)
 OURS = dict(tuned=False, anneal_lr=False, layer_norm=False, hidden_sizes=(128,), loss="huber", n_step=3,
-            eval_episodes=EPISODES, eval_max_steps=MAX_STEPS, checkpoint_frequency=0)
-COLUMNS = ("system", "seed", "step", "greedy_return")
+            eval_frequency=10_000, eval_episodes=20, eval_max_steps=5_000, checkpoint_frequency=0)
+SYSTEMS = ("dqn.py", "Stable-Baselines3")
 
 
 @dataclass
-class Options:
+class Options(sweep.Options):
     """What to run."""
 
-    steps: int = 200_000  # environment steps of a run
-    evaluations: int = 20  # during it
+    env_ids: tuple[str, ...] = (ENV_ID,)  # environments
     seeds: tuple[int, ...] = (11, 12, 13)  # one run of each system
-    processes: int = 2  # runs at a time, one thread each
-    results: Path = sweep.RESULTS  # folder of the CSV and the figure
 
 
-def run_dqn(seed, steps, frequency):
-    """Return steps and greedy returns of dqn.py."""
-    changes = SHARED | OURS | dict(total_timesteps=steps, eval_frequency=frequency)
-    rows = sweep.do(sweep.Run(ENV_ID, "", seed, changes))
-    values = [(row.step, row.value) for row in rows if row.tag == sweep.CURVE]
-    return [*values[:-1], *((steps, row.value) for row in rows if row.tag == sweep.FINAL)]
-
-
-def run_sb3(seed, steps, frequency):
-    """Return the same of Stable-Baselines3."""
-    model = sb3_dqn.make_model(sb3_dqn.Options(env_id=ENV_ID, seed=seed, total_timesteps=steps, **SHARED))
-    envs = make_vec_env(ENV_ID, seed=1000 + seed, wrapper_class=gym.wrappers.TimeLimit,
-                        wrapper_kwargs={"max_episode_steps": MAX_STEPS})
+def do(run, prepare, tags):
+    """Train and evaluate one system; return the run's rows."""
+    if run.setting == "dqn.py":
+        return sweep.do(run)
+    args, start = run.args, time.perf_counter()
+    shared = {name: getattr(args, name) for name in (*SHARED, "env_id", "seed")}
+    model = sb3_dqn.make_model(sb3_dqn.Options(**shared))
+    envs = make_vec_env(args.env_id, seed=1000 + args.seed, wrapper_class=gym.wrappers.TimeLimit,
+                        wrapper_kwargs={"max_episode_steps": args.eval_max_steps})
     with tempfile.TemporaryDirectory() as folder:
-        evaluations = EvalCallback(envs, n_eval_episodes=EPISODES, eval_freq=frequency, log_path=folder, verbose=0)
-        model.learn(steps, evaluations)
+        model.learn(args.total_timesteps, EvalCallback(envs, n_eval_episodes=args.eval_episodes, verbose=0,
+                                                       eval_freq=args.eval_frequency, log_path=folder))
         log = np.load(Path(folder, "evaluations.npz"))
-    values = zip(log["timesteps"].tolist(), log["results"].mean(1).tolist(), strict=True)
-    return [*list(values)[:-1], (steps, float(evaluate_policy(model, envs, FINAL_EPISODES)[0]))]
-
-
-SYSTEMS = {"dqn.py": run_dqn, "Stable-Baselines3": run_sb3}
-
-
-def run(system, seed, steps, frequency):
-    """Return the rows of one run for the CSV, and the minutes that it took."""
-    start = time.perf_counter()
-    rows = [(system, seed, *point) for point in SYSTEMS[system](seed, steps, frequency)]
-    return rows, (time.perf_counter() - start) / 60
-
-
-def draw(rows, path):
-    """Draw each run as a thin line, the mean over the seeds as a thick one."""
-    with figures.panels(path, [""], 1, 3.5, xlabel="environment steps", ylabel="greedy return") as (axes,):
-        for colour, system in zip(("C0", "C1"), SYSTEMS, strict=True):
-            curves = {}
-            for _, seed, step, value in (row for row in rows if row[0] == system):
-                curves.setdefault(seed, []).append((step, value))
-            for points in curves.values():
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.6, alpha=0.6)
-            steps, means = np.mean(list(curves.values()), axis=0).T
-            axes.plot(steps, means, color=colour, linewidth=2, label=f"{system}, mean of {len(curves)} seeds")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+    steps, (final, spread) = args.total_timesteps, evaluate_policy(model, envs, sweep.dqn.FINAL_EPISODES)
+    values = [(int(step), sweep.CURVE, returns.mean())
+              for step, returns in zip(log["timesteps"], log["results"], strict=True)]
+    values += [(steps, sweep.FINAL, final), (steps, sweep.SPREAD, spread),
+               (steps, sweep.SECONDS, time.perf_counter() - start)]
+    return sweep.rows_of(run, values)
 
 
 def main(options):
-    """Run what the CSV lacks, print a row for each run, draw the figure."""
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / "minatar.csv"
-    saved = list(csv.reader(path.open(newline="")))[1:] if path.exists() else []
-    rows = [(system, int(seed), int(step), float(value)) for system, seed, step, value in saved]
-    done = {(system, seed): step for system, seed, step, _ in rows}
-    if set(done.values()) - {options.steps}:
-        sys.exit(f"{path} is of other --steps; give other --results")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    print("| system | seed | final greedy return | best evaluation | minutes |\n|-|-|-|-|-|")
-    with ProcessPoolExecutor(options.processes, max_tasks_per_child=1) as pool:
-        tasks = [pool.submit(run, system, seed, options.steps, options.steps // options.evaluations)
-                 for seed in options.seeds for system in SYSTEMS if (system, seed) not in done]
-        for task in as_completed(tasks):
-            points, minutes = task.result()
-            system, seed, _, final = points[-1]
-            best = max(value for *_, value in points)
-            print(f"| {system} | {seed} | {final:.2f} | {best:.2f} | {minutes:.1f} |", flush=True)
-            rows = sorted([*rows, *points])
-            with path.open("w", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(COLUMNS)
-                writer.writerows(rows)
-    draw(rows, path.with_suffix(".svg"))
+    """Run what is missing, print a row for each run, draw each as a thin line and the means as thick ones."""
+    changes = SHARED | OURS | (sweep.TRIAL if options.trial else {})
+    runs = [sweep.Run(env_id, system, seed, changes)
+            for env_id in options.env_ids for seed in options.seeds for system in SYSTEMS]
+    path = options.results / "minatar_breakout.csv"
+    rows = sweep.sweep(path, runs, do=do)
+    print("| environment | system | seeds | final greedy returns | mean |\n|-|-|-|-|-|")
+    with figures.panels(path.with_suffix(".svg"), options.env_ids, 1, 3.5, xlabel="environment steps",
+                        ylabel="greedy return") as places:
+        for axes, env_id in zip(places, options.env_ids, strict=True):
+            for number, system in enumerate(SYSTEMS):
+                final = sweep.last(rows, env_id, system, sweep.FINAL)
+                print(f"| {env_id} | {system} | {len(final)} | {', '.join(f'{value:.2f}' for value in final)} | "
+                      f"{final.mean():.2f} |")
+                steps, returns = curve(rows, env_id, system)
+                axes.plot(steps, returns.T, color=f"C{number}", linewidth=0.6, alpha=0.6)
+                axes.plot(steps, returns.mean(0), color=f"C{number}", linewidth=2, label=f"{system}, mean")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 if __name__ == "__main__":

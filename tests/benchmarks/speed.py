@@ -34,7 +34,6 @@ PONG = ("--env-id ALE/Pong-v5 --learning-starts 1000 --buffer-size 20000 --batch
 PLAIN = "--no-cuda --no-tuned --no-double-q --no-layer-norm --no-anneal-lr --eval-frequency 0 --eval-max-steps 1"
 NATURE = "--frame-stack 4 --clip-rewards --hidden-sizes 512"
 WHOLE = "--env-id CartPole-v1"  # the default command
-ENVIRONMENTS = (1, 8)
 
 
 @dataclass
@@ -46,32 +45,29 @@ class Options:
     cleanrl_python: str = sys.executable  # Python that runs it
     old: Path | None = None  # an older dqn.py
     sb3_python: str | None = None  # Python that has Stable-Baselines3
+    environments: tuple[int, ...] = (1, 8)  # of dqn.py and SB3
     steps: int = 40_000  # environment steps of a run on CartPole-v1
     pong_steps: int = 3_000  # and on Pong
     repeats: int = 5  # rounds, each with its own seed
 
 
 def process(python, script, flags):
-    """Run a script in an empty folder with one thread; return its output, wall seconds and run folders' last SPS."""
+    """Run a script in an empty folder with one thread; return wall seconds and steps per second, if it tells any."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         done = subprocess.run([python, Path(script).resolve(), *flags.split()], cwd=folder, capture_output=True,
                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         seconds = time.perf_counter() - start
         assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout, seconds, [scalars(path)["charts/SPS"][-1][1] for path in Path(folder).glob("runs/*")]
+        if script == SB3:
+            return seconds, float(done.stdout.split()[-1])
+        return seconds, *(scalars(path)["charts/SPS"][-1][1] for path in Path(folder).glob("runs/*"))
 
 
-def trains(python, script, flags):
-    """Make a function of a seed that gives the steps per second that a run logged last."""
-    return lambda seed: process(python, script, f"{flags} --seed {seed}")[2][0]
-
-
-def sb3(options, flags):
-    """Make the same for Stable-Baselines3, by number of environments; nothing where it is not installed."""
-    return {f"Stable-Baselines3, {number} environments": lambda seed, number=number: float(
-                process(options.sb3_python, SB3, f"{flags} --num-envs {number} --seed {seed}")[0].split()[-1])
-            for number in ENVIRONMENTS if options.sb3_python}
+def contestants(name, python, script, flags, numbers):
+    """Make functions of a seed that run a script and return steps per second, by number of environments."""
+    return {f"{name}, {number} environment{'s' * (number > 1)}": lambda seed, number=number: process(
+        python, script, f"{flags} --num-envs {number} --seed {seed}")[1] for number in numbers}
 
 
 def spread(values, digits):
@@ -80,37 +76,36 @@ def spread(values, digits):
     return f"{middle} ({low}–{high})"
 
 
-def rounds(title, contestants, repeats):
+def rounds(title, runs, repeats):
     """Let contestants take turns; print the steps per second of each, and their ratio to the first one's."""
-    speeds = [[run(seed) for run in contestants.values()] for seed in range(1, repeats + 1)]
-    print(f"\n| {title} | steps/s: median (lowest–highest) | over {next(iter(contestants))}'s in the same round |\n"
-          "|-|-|-|")
-    for place, name in enumerate(contestants):
+    speeds = [[run(seed) for run in runs.values()] for seed in range(1, repeats + 1)]
+    print(f"\n| {title} | steps/s: median (lowest–highest) | over the first row's of the same round |\n|-|-|-|")
+    for place, name in enumerate(runs):
         ratios = [each[place] / each[0] for each in speeds]
         print(f"| {name} | {spread([each[place] for each in speeds], 0)} | {spread(ratios, 2)} |", flush=True)
 
 
 def training(options):
     """Compare training alone at CleanRL's setting: no evaluation but the last, plain DQN."""
-    flags = f"{CARTPOLE} --total-timesteps {options.steps}"
-    contestants = {}
+    flags, runs = f"{CARTPOLE} --total-timesteps {options.steps}", {}
     if options.cleanrl:
-        contestants["CleanRL"] = trains(options.cleanrl_python, options.cleanrl, flags)
-    for name, script in {"dqn.py": dqn.__file__, "older dqn.py": options.old}.items():
-        for number in ENVIRONMENTS if script else ():
-            label = f"{name}, {number} environment{'s' * (number > 1)}"
-            contestants[label] = trains(sys.executable, script, f"{flags} {PLAIN} --num-envs {number}")
-    rounds(f"CartPole-v1, CleanRL's setting, {options.steps:,} steps, training alone",
-           contestants | sb3(options, flags), options.repeats)
+        runs |= contestants("CleanRL", options.cleanrl_python, options.cleanrl, flags, (1,))
+    runs |= contestants("dqn.py", sys.executable, dqn.__file__, f"{flags} {PLAIN}", options.environments)
+    if options.old:
+        runs |= contestants("older dqn.py", sys.executable, options.old, f"{flags} {PLAIN}", options.environments)
+    if options.sb3_python:
+        runs |= contestants("Stable-Baselines3", options.sb3_python, SB3, flags, options.environments)
+    rounds(f"CartPole-v1, {options.steps:,} steps, training alone", runs, options.repeats)
 
 
 def pong(options):
-    """Compare training on Pong with Stable-Baselines3's, which comes first."""
+    """Compare training on Pong with Stable-Baselines3's."""
     flags = f"{PONG} --total-timesteps {options.pong_steps}"
-    ours = {f"dqn.py, {number} environments": trains(sys.executable, dqn.__file__,
-                                                     f"{flags} {PLAIN} {NATURE} --num-envs {number}")
-            for number in ENVIRONMENTS}
-    rounds(f"Pong, {options.pong_steps:,} steps", sb3(options, flags) | ours, options.repeats)
+    runs = {}
+    if options.sb3_python:
+        runs |= contestants("Stable-Baselines3", options.sb3_python, SB3, flags, options.environments)
+    runs |= contestants("dqn.py", sys.executable, dqn.__file__, f"{flags} {PLAIN} {NATURE}", options.environments)
+    rounds(f"Pong, {options.pong_steps:,} steps", runs, options.repeats)
 
 
 def evaluation_seconds(flags):
@@ -130,7 +125,7 @@ def whole(options):
         print(f"| {label} | {cells} | {values[0] / values[-1]:.2f} |", flush=True)
 
     def measure(flags):
-        return [process(sys.executable, script, flags)[1] for script in scripts.values()]
+        return [process(sys.executable, script, flags)[0] for script in scripts.values()]
 
     seeds = range(1, options.repeats + 1)
     times = [measure(f"{WHOLE} --seed {seed}") for seed in seeds]
@@ -141,7 +136,8 @@ def whole(options):
     row("sum", totals)
     row("`--help`, median", [median(values) for values in zip(*(measure("--help") for _ in seeds), strict=True)])
     evaluation = sum(evaluation_seconds(f"{WHOLE} --seed {seed}") for seed in seeds)
-    print(f"\nEvaluations, in other runs of the same seeds: {evaluation:.1f} s, {evaluation / totals[0]:.0%} of the sum.")
+    print(f"\nEvaluations of dqn.py, in other runs of the same seeds: {evaluation:.1f} s, "
+          f"{evaluation / totals[0]:.0%} of its sum.")
 
 
 def pieces(options):
@@ -149,7 +145,7 @@ def pieces(options):
     torch.set_num_threads(1)
     print("\n| µs, median of the calls | act | envs.step | add | sample | update | together, an environment step |\n"
           "|-|-|-|-|-|-|-|")
-    for number in ENVIRONMENTS:
+    for number in options.environments:
         args = dqn.parse_args(f"{CARTPOLE} {PLAIN} --num-envs {number}".split())
         envs, device = dqn.make_envs(args, number), torch.device("cpu")
         agent, replay = dqn.Agent(args, envs, device), dqn.ReplayBuffer(args, envs, device)

@@ -106,6 +106,12 @@ def timed(*places):
         yield seconds
 
 
+def rows_of(run, values):
+    """Make rows of (step, tag, value)."""
+    identity = (run.env_id, run.setting, run.key, run.seed)
+    return [Row(*identity, step, tag, float(f"{value:.6g}")) for step, tag, value in values]
+
+
 def do(run, prepare=None, tags=()):
     """Train, and let the best network play 100 episodes that it was not chosen by; return the run's rows.
 
@@ -125,8 +131,7 @@ def do(run, prepare=None, tags=()):
     steps = shown[CURVE][-1][0]
     values += [(steps, FINAL, final[0].mean()), (steps, SPREAD, final[0].std()), (steps, BEST, best.mean()),
                (steps, STEPS, steps), (steps, SECONDS, seconds)]
-    identity = (run.env_id, run.setting, run.key, run.seed)
-    return [Row(*identity, step, tag, float(f"{value:.6g}")) for step, tag, value in values]
+    return rows_of(run, values)
 
 
 def read(path):
@@ -148,7 +153,7 @@ def write(path, rows):
     partial.replace(path)
 
 
-def sweep(path, runs, prepare=None, tags=()):
+def sweep(path, runs, prepare=None, tags=(), do=do):
     """Do the runs that are not in the CSV yet, one process a core, one thread each; return the rows of all."""
     os.environ["OMP_NUM_THREADS"] = "1"
     path.parent.mkdir(exist_ok=True, parents=True)

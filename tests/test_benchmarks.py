@@ -1,0 +1,271 @@
+"""The benchmarks in tests/benchmarks/: statistics, value iteration, sweeps, and tiny runs of every script's table."""
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import dqn
+
+sys.path.insert(0, str(Path(__file__).with_name("benchmarks")))
+
+import fresh_seeds
+import learning
+import optimality
+import resume
+import scaling
+import speed
+import sweep
+import target_network
+
+# In state 0: stay (0), or try to go on (1), which succeeds half of the time and then brings 1. In state 1: stay (0)
+# for 2, or end the episode (1) for 3.
+TWO_STATES = {
+    0: {0: [(1.0, 0, 0.0, False)], 1: [(0.5, 1, 1.0, False), (0.5, 0, 0.0, False)]},
+    1: {0: [(1.0, 1, 2.0, False)], 1: [(1.0, 1, 3.0, True)]},
+}
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Let sweeps run in this process; what they replace in dqn is put back afterwards."""
+    for name in ("Agent", "Log", "make_envs", "save_checkpoint", "LOG_FREQUENCY", "play"):
+        monkeypatch.setattr(dqn, name, getattr(dqn, name))
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *given, **named: ThreadPoolExecutor(1))
+
+
+@pytest.fixture
+def two_states():
+    return optimality.Dynamics(TWO_STATES, np.array([1.0, 0.0]))
+
+
+def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end():
+    assert sweep.iqm(np.array([4.0, 1.0, 1000.0, 3.0, 2.0, 5.0, 6.0, -1000.0])) == (2 + 3 + 4 + 5) / 4
+    ten = np.array([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 1e9])  # two of ten at each end, as 2.5 is rounded down
+    assert sweep.iqm(ten) == (3 + 4 + 5 + 6 + 7 + 8) / 6
+    np.testing.assert_array_equal(sweep.iqm(np.array([[1, 10], [2, 20], [3, 30], [90, 900.0]])), [2.5, 25])
+    np.testing.assert_array_equal(sweep.iqm(np.array([[1, 2, 3, 90], [10, 20, 30, 900.0]]), axis=1), [2.5, 25])
+
+
+def test_the_bootstrap_interval_of_two_runs_reaches_from_one_to_the_other():
+    # Means of two draws from {0, 1}: 0 and 1 with probability 1/4 each, so both percentiles lie there.
+    assert sweep.interval(np.array([0.0, 1.0]), np.mean) == (0.0, 1.0)
+    assert sweep.interval(np.array([7.0, 7.0, 7.0])) == (7.0, 7.0)
+
+
+def test_the_bootstrap_of_many_runs_has_the_width_of_the_normal_approximation():
+    scores = np.arange(400.0)  # standard deviation 115.5, of the mean 5.77, so 95% are 199.5 ± 11.3
+    assert sweep.interval(scores, np.mean) == pytest.approx((188.2, 210.8), abs=1.5)
+
+
+def test_the_interval_of_a_difference_is_that_of_the_sum_of_both_variances():
+    # Variances of the means: 2 / 2 and 8 / 2, so 1.96 times the root of 5.
+    assert fresh_seeds.interval_of_difference([1, 3], [0, 4]) == pytest.approx(1.96 * 5**0.5)
+
+
+def test_value_iteration_solves_two_states_as_by_hand(two_states):
+    # gamma 1/2. Q(1, stay) = 2 / (1 - 1/2) = 4; Q(1, end) = 3; V(0) = (1 + 4/2) / 2 + V(0)/4 = 2; Q(0, stay) = V(0)/2.
+    optimal = two_states.optimal(0.5)
+    np.testing.assert_allclose(optimal, [[1, 2], [4, 3]], atol=1e-9)
+    # From nothing, a sweep gives the expected rewards, which are off by 2, half of the largest |Q*|.
+    first = two_states.backup(np.zeros(2), 0.5)
+    np.testing.assert_allclose(first, [[0, 0.5], [2, 3]])
+    assert two_states.error(first, optimal) == pytest.approx(2 / 4)
+
+
+def test_a_policy_is_worth_what_bellmans_equation_says(two_states):
+    np.testing.assert_allclose(two_states.value(np.array([0, 1]), 0.5), [0, 3], atol=1e-12)
+    np.testing.assert_allclose(two_states.value(np.array([1, 1]), 0.5), [(1 + 1.5) / 2 / 0.75, 3], atol=1e-12)
+
+
+def test_final_and_unreachable_states_are_no_states_to_begin_in():
+    table = {0: {0: [(1.0, 1, 0.0, False)]}, 1: {0: [(1.0, 2, 1.0, True)]}, 2: {0: [(1.0, 2, 0.0, True)]},
+             3: {0: [(1.0, 0, 0.0, False)]}}
+    assert optimality.Dynamics(table, np.array([1.0, 0, 0, 0])).states.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("env_id", ["CliffWalking-v1", "Taxi-v4"])
+def test_exploring_starts_move_as_the_environment_does(env_id):
+    envs, env = optimality.ExploringStarts(20, env_id, 10), gym.make(env_id).unwrapped
+    envs.reset(seed=1)
+    env.reset(seed=1)
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        actions, states, over = rng.integers(envs.single_action_space.n, size=20), envs.state.copy(), envs.over.copy()
+        observations, rewards, terminated, _, _ = envs.step(actions)
+        assert observations.argmax(1).tolist() == envs.state.tolist()
+        for i in range(20):
+            if over[i]:
+                assert (rewards[i], terminated[i]) == (0, False)
+                assert envs.state[i] in envs.dynamics.states
+            else:
+                env.s = states[i]
+                assert (envs.state[i], rewards[i], terminated[i]) == env.step(int(actions[i]))[:3]
+
+
+def test_exploring_starts_slip_as_often_as_is_published():
+    envs = optimality.ExploringStarts(30_000, "FrozenLake-v1", 10)
+    envs.reset(seed=1)
+    envs.state[:] = 14  # left of the goal: to the right or up or down, each in a third of the cases
+    _, rewards, terminated, _, _ = envs.step(np.full(30_000, 2))
+    assert rewards.mean() == pytest.approx(1 / 3, abs=0.02)
+    assert (terminated == (rewards == 1)).all()
+    assert np.bincount(envs.state, minlength=16)[[10, 14, 15]] / 30_000 == pytest.approx([1 / 3] * 3, abs=0.02)
+
+
+def test_exploring_starts_are_truncated_after_their_limit():
+    envs = optimality.ExploringStarts(1, "CliffWalking-v1", 4)
+    envs.reset(seed=1)
+    envs.state[:] = 0
+    truncated = [envs.step(np.array([0]))[3][0] for _ in range(5)]  # up, against the wall
+    assert truncated == [False, False, False, True, False]
+
+
+def test_targets_that_swing_to_and_fro_count_as_moving():
+    args = dqn.Args(**target_network.PLAIN)
+    agent = target_network.Agent(args, dqn.make_envs(args, 1), torch.device("cpu"))
+    states = torch.zeros(2, 4)
+    batch = dqn.Batch(states, torch.zeros(2, dtype=int), torch.ones(2), states, torch.tensor([0.5, 0.0]))
+    agent.q_network.load_state_dict({name: 0 * value for name, value in agent.q_network.state_dict().items()})
+    agent.sync_target()
+    agent.watch(batch, 0)
+    for value in (1.0, 4.0, 2.0):  # the target follows: 1 + 3 + 2, half of that for one of two, nothing for the other
+        agent.q_network.layers[-1].bias.data.fill_(value)
+        agent.sync_target()
+    assert agent.path == 6 / 4
+
+
+def test_a_tuned_run_is_what_the_command_line_would_run():
+    args = sweep.Run("CartPole-v1", "tuned", 3, {}).args
+    assert args == dqn.parse_args(["--env-id", "CartPole-v1", "--seed", "3"])
+    assert sweep.Run("CartPole-v1", "plain", 3, {"tuned": False}).args == dqn.Args(seed=3, tuned=False)
+
+
+def test_a_sweep_does_only_what_is_missing_or_out_of_date(tmp_path, in_process):
+    path = tmp_path / "results.csv"
+
+    def do_all(settings):
+        runs = [sweep.Run("CartPole-v1", "quick", seed, changes) for seed, changes in settings]
+        return sweep.sweep(path, runs, tags=("target/drift",))
+
+    quick = sweep.TRIAL | dict(tuned=False)
+    first = do_all([(1, quick)])
+    assert {sweep.CURVE, sweep.FINAL, sweep.BEST, "target/drift"} < {row.tag for row in first}
+    assert sweep.last(first, "CartPole-v1", "quick", sweep.STEPS) == 3_000
+    both = do_all([(1, quick), (2, quick)])
+    assert both[: len(first)] == first, "not once more, which would take another time"
+    assert {row.seed for row in both} == {1, 2}
+    again = do_all([(1, quick | {"gamma": 0.5})])
+    assert {row.seed for row in again} == {1}
+    assert {(row.seed, row.key) for row in sweep.read(path)} == {(1, again[0].key), (2, both[-1].key)}
+    assert again[0].key != first[0].key
+
+
+def test_a_curve_keeps_the_last_value_of_a_run_that_ended():
+    values = {1: {10: 1.0, 20: 2.0}, 2: {10: 3.0, 20: 4.0, 30: 5.0}}
+    rows = [sweep.Row("E", "s", "k", seed, step, sweep.CURVE, value)
+            for seed, each in values.items() for step, value in each.items()]
+    steps, returns = learning.curve(rows, "E", "s")
+    assert steps.tolist() == [10, 20, 30]
+    assert returns.tolist() == [[1, 2, 2], [3, 4, 5]]
+
+
+def test_a_table_learns_the_optimal_values_of_frozen_lake(in_process):
+    run = next(run for run in optimality.runs(optimality.Options()) if run.setting == "table, 100")
+    run.changes["total_timesteps"] = 300_000
+    rows = sweep.do(run, optimality.prepare, ("q/error", "policy/loss"))
+    error, lost = (sweep.last(rows, run.env_id, run.setting, tag)[0] for tag in ("q/error", "policy/loss"))
+    assert error < 0.1
+    assert lost < 0.05
+    assert optimality.published("FrozenLake-v1").optimal(0.99).max() == pytest.approx(0.8628374, abs=1e-6)
+
+
+def test_learning_runs_from_end_to_end(tmp_path, in_process, monkeypatch, capsys):
+    monkeypatch.setattr(learning, "ABLATIONS", {"dueling": {"dueling": True}})
+    learning.main(learning.Options(("CartPole-v1",), (1,), tmp_path, ("tuned", "ablation")))
+    out = capsys.readouterr().out
+    assert "| CartPole-v1 | tuned |" in out
+    assert "| CartPole-v1 | dueling |" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"learning.csv", "tuned.svg", "ablation.svg"}
+
+
+def test_target_network_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(target_network, "SETTINGS", {"none": target_network.NONE})
+    monkeypatch.setattr(target_network, "HARSH_SETTINGS", {"harsh: none": target_network.NONE | target_network.HARSH})
+    target_network.main(target_network.Options(("CartPole-v1",), (1,), tmp_path))
+    assert "| CartPole-v1 | harsh: none |" in capsys.readouterr().out
+    rows = sweep.read(tmp_path / "target_network.csv")
+    calm, harsh = (sweep.last(rows, "CartPole-v1", name, "target/path") for name in ("none", "harsh: none"))
+    assert 0 < calm < harsh
+    assert (tmp_path / "target_network.svg").exists()
+
+
+def test_optimality_runs_from_end_to_end(tmp_path, in_process, monkeypatch, capsys):
+    for name in ("NETWORKS", "SYNCS"):
+        monkeypatch.setattr(optimality, name, dict([next(iter(getattr(optimality, name).items()))]))
+    monkeypatch.setattr(optimality, "STAIR_SYNCS", ("1",))
+    optimality.main(optimality.Options(("FrozenLake-v1",), (1,), tmp_path))
+    assert "| FrozenLake-v1 | table | 1 |" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"optimality.csv", "optimality.svg", "staircase.svg"}
+
+
+def test_a_killed_run_is_equal_to_one_left_alone(tmp_path):
+    flags = "--no-tuned --learning-starts 500 --eval-episodes 2 --eval-max-steps 50 --checkpoint-frequency 500 "
+    flags += "--buffer-size 1000"
+    steps, different = resume.kill(resume.Options(kills=1, life=0.1, steps=4_000, flags=flags), tmp_path)
+    assert len(steps) == 1
+    assert different == []
+    assert list((tmp_path / "killed").glob("checkpoint-4000-*"))
+
+
+def test_processes_send_their_gradients():
+    case = "CartPole-v1, 120 and 84 units"
+    args = dqn.Args(**scaling.RUNS | scaling.CASES[case])
+    assert scaling.gradient_bytes(args) == 4 * (4 * 120 + 120 + 2 * 120 + 120 * 84 + 84 + 2 * 84 + 84 * 2 + 2)
+    steps_per_second, sent = scaling.run(case, 2, 1_000)
+    assert steps_per_second > 0
+    assert sent >= scaling.gradient_bytes(args)
+
+
+def test_contestants_take_turns_and_are_held_against_the_first(capsys):
+    turns = []
+
+    def contestant(name, speeds):
+        return lambda seed: turns.append((name, seed)) or speeds[seed - 1]
+
+    speed.rounds("title", {"a": contestant("a", [100, 200, 400]), "b": contestant("b", [300, 400, 1600])}, 3)
+    assert turns == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", 3), ("b", 3)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["| a | 200 (100–400) | 1.00 (1.00–1.00) |", "| b | 400 (300–1,600) | 3.00 (2.00–4.00) |"]
+
+
+def test_a_timer_counts_the_calls_of_its_functions_only(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    owner = SimpleNamespace(double=lambda x: 2 * x)
+    double = owner.double
+    with sweep.timed((owner, "double")) as seconds:
+        assert [owner.double(1), owner.double(x=2)] == [2, 4]
+    assert seconds == [1, 1]
+    assert owner.double is double
+
+
+def test_speed_runs_from_end_to_end(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "WHOLE", "--env-id CartPole-v1 --total-timesteps 1500 --eval-episodes 2")
+    speed.main(speed.Options(steps=3_000, repeats=1, environments=(8,)))
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    table = {line[0]: line[1:] for line in lines}
+    assert float(table["dqn.py, 8 environments"][0].split()[0].replace(",", "")) > 100
+    seconds = float(table["sum"][0].split()[0])
+    assert table["`--env-id CartPole-v1 --total-timesteps 1500 --eval-episodes 2 --seed 1`"] == table["sum"]
+    assert 0 < float(table["`--help`, median"][0].split()[0]) < seconds
+    *costs, together = (float(cell.replace(",", "")) for cell in table["8 environments"])
+    assert together == pytest.approx(sum(costs[:3]) / 8 + sum(costs[3:]) / 10, abs=2)
+    (evaluation,) = (line[0] for line in lines if line[0].startswith("Evaluations"))
+    assert 0 < float(evaluation.split(": ")[1].split()[0]) < seconds

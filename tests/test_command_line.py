@@ -1,0 +1,156 @@
+"""The command line: flags, TUNED, limits, and what a user who errs is told."""
+
+import math
+import re
+from dataclasses import fields
+
+import gymnasium as gym
+import pytest
+
+import dqn
+from conftest import SHORT, scalars, the_run
+from dqn import TUNED, Args, UsageError, parse_args, validate
+
+CLEANRL = """--exp-name mine --seed 3 --no-torch-deterministic --no-cuda --track --wandb-project-name p --wandb-entity e
+--capture-video --save-model --env-id Acrobot-v1 --total-timesteps 1000 --learning-rate 1e-4 --num-envs 2
+--buffer-size 900 --gamma 0.9 --tau 0.5 --target-network-frequency 50 --batch-size 16 --start-e 0.9 --end-e 0.1
+--exploration-fraction 0.3 --learning-starts 100 --train-frequency 5"""
+
+
+def test_a_cleanrl_command_line_means_the_same():
+    args = parse_args(CLEANRL.split())
+    words = CLEANRL.split()
+    assert args == Args(**TUNED["Acrobot-v1"] | dict(
+        exp_name="mine", seed=3, torch_deterministic=False, cuda=False, track=True, wandb_project_name="p",
+        wandb_entity="e", capture_video=True, save_model=True, env_id="Acrobot-v1", total_timesteps=1000,
+        learning_rate=1e-4, num_envs=2, buffer_size=900, gamma=0.9, tau=0.5, target_network_frequency=50, batch_size=16,
+        start_e=0.9, end_e=0.1, exploration_fraction=0.3, learning_starts=100, train_frequency=5))
+    assert len([word for word in words if word.startswith("--")]) == 23, "all but the two for Hugging Face"
+
+
+def test_what_is_given_wins_then_tuned_then_the_plain_default():
+    assert parse_args([]) == Args(**TUNED["CartPole-v1"])
+    assert parse_args(["--no-tuned"]) == Args(tuned=False)
+    assert parse_args(["--num-envs", "3"]) == Args(**TUNED["CartPole-v1"] | dict(num_envs=3))
+    for env_id in ("ALE/Breakout-v5", "ale_py:ALE/Breakout-v5"):
+        assert parse_args(["--env-id", env_id]) == Args(env_id=env_id, **TUNED["ALE/"])
+    assert parse_args(["--env-id", "environments:Walk-v0"]) == Args(env_id="environments:Walk-v0")
+    assert parse_args("--hidden-sizes --no-tuned".split()).hidden_sizes == ()
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_what_tuned_holds_are_settings_that_pass(name):
+    env_id = "ALE/Pong-v5" if name == "ALE/" else name
+    validate(parse_args(["--env-id", env_id]))
+    if name != "ALE/":
+        gym.spec(env_id)
+
+
+def test_the_plain_defaults():
+    """As published; whoever changes one makes all plain results another experiment's."""
+    assert {field.name: field.default for field in fields(Args) if field.name not in ("env_kwargs", "env_id")} == dict(
+        num_envs=1, async_envs=False, frame_stack=1, clip_rewards=False, total_timesteps=500_000, seed=1, tuned=True,
+        hidden_sizes=(120, 84), dueling=False, layer_norm=True, learning_rate=1e-3, anneal_lr=True, buffer_size=100_000,
+        learning_starts=2_000, batch_size=128, train_frequency=10, gamma=0.99, n_step=1, double_q=True,
+        target_network_frequency=500, tau=1.0, loss="mse", max_grad_norm=math.inf, start_e=1.0, end_e=0.05,
+        exploration_fraction=0.2, eval_frequency=25_000, eval_episodes=20, eval_max_steps=10_000, stop_return=math.inf,
+        checkpoint_frequency=50_000, save_model=True, capture_video=False, exp_name="dqn", track=False,
+        wandb_project_name="dqn", wandb_entity=None, cuda=True, compile=False, torch_deterministic=True, resume=None,
+        evaluate=None)
+
+
+@pytest.mark.parametrize(("names", "values", "right"), [
+    ("num_envs frame_stack total_timesteps buffer_size batch_size train_frequency n_step target_network_frequency "
+     "eval_episodes eval_max_steps", (0, -1), "at least 1"),
+    ("tau", (0, -0.1, 1.1, math.nan), "above 0 and at most 1"),
+    ("gamma start_e end_e exploration_fraction", (-0.1, 1.1, math.nan), "between 0 and 1"),
+    ("learning_rate", (0, -1, math.inf, math.nan), "above 0 and finite"),
+    ("max_grad_norm", (0, -1, math.nan), "above 0"),
+    ("seed learning_starts eval_frequency checkpoint_frequency", (-1,), "0 or more"),
+    ("hidden_sizes", ((0,), (8, -1)), "all at least 1"),
+])
+def test_a_value_out_of_range_is_refused_by_name(names, values, right):
+    for name in names.split():
+        for value in values:
+            with pytest.raises(UsageError) as error:
+                validate(Args(**{name: value}))
+            assert str(error.value) == f"--{name.replace('_', '-')} {value}: must be {right}"
+
+
+def test_the_limits_themselves_are_allowed():
+    validate(Args(tau=1.0, gamma=1.0, start_e=0.5, end_e=0.5, buffer_size=128, batch_size=128, hidden_sizes=()))
+    validate(Args(gamma=0.0, eval_frequency=0, checkpoint_frequency=0, seed=0, learning_starts=4, frame_stack=1))
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (dict(start_e=0.1, end_e=0.2), "--end-e 0.2: must not be above --start-e 0.1"),
+    (dict(buffer_size=100, batch_size=101), "--batch-size 101: must not be above --buffer-size 100"),
+    (dict(total_timesteps=1000), "--learning-starts 2000: must not be above --total-timesteps 1000"),
+    (dict(num_envs=8, n_step=10, learning_starts=100), "--learning-starts 100: must be at least 104"),
+    (dict(track=True), "--track True: needs wandb; pip install wandb"),
+])
+def test_settings_that_do_not_go_together_are_refused(settings, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        validate(Args(**settings))
+
+
+@pytest.mark.parametrize(("num_envs", "n_step", "frame_stack"), [(1, 1, 1), (8, 10, 1), (3, 2, 4)])
+def test_learning_may_start_as_soon_as_there_is_something_to_sample(num_envs, n_step, frame_stack, in_tmp):
+    """Episodes of one step, each followed by a reset: the least that can be there."""
+    least = num_envs * (n_step + frame_stack + 2)
+    dqn.train(Args(env_id="environments:Short-v0", num_envs=num_envs, n_step=n_step, frame_stack=frame_stack,
+                   batch_size=16, train_frequency=1, learning_starts=least, total_timesteps=4 * least, checkpoint_frequency=num_envs,
+                   eval_frequency=0))
+
+
+# Flags of a command line, and what the one line on stderr says.
+BAD_INPUT = {
+    "--env-id CartPol-v1": r"--env-id CartPol-v1: .*Did you mean: `CartPole`",
+    "--env-id environments:Wolk-v0": r"--env-id environments:Wolk-v0: .*",
+    "--env-id Pendulum-v1 --no-tuned": "--env-id Pendulum-v1: DQN needs Discrete actions, not Box",
+    "--env-id environments:Mission-v0": r"--env-id .*: observation\['task'\]\['mission'\] is not numeric, .*",
+    "--env-kwargs wind 3": r"--env-kwargs {'wind': 3}: .*unexpected keyword argument 'wind'",
+    "--tau 0": "--tau 0.0: must be above 0 and at most 1",
+    "--buffer-size 100000000000": r"--buffer-size 100000000000: takes [\d,.]+ GiB of memory, [\d.]+ GiB are free; .*",
+    "--env-id environments:Walk-v0 --capture-video": "--capture-video True: .*; leave it out",
+    "--env-id environments:Unpainted-v0 --capture-video": "--capture-video True: .*a_painter_nobody_has.*",
+    "--evaluate nowhere": "nowhere is not the folder of a run of this dqn.py: .*",
+}
+
+
+@pytest.mark.parametrize("text", BAD_INPUT)
+def test_bad_input_is_answered_in_one_line_and_nothing_is_written(text, cli, in_tmp):
+    process = cli(text, status=2)
+    warnings = [line for line in process.err.splitlines() if "WARN" in line]  # Gymnasium's own
+    (line,) = [line for line in process.err.splitlines() if line not in warnings and "logger.warn" not in line]
+    assert re.match(rf"dqn.py: error: {BAD_INPUT[text]}", line), line
+    assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("--batch-size many", "--batch-size"), ("--loss l1", "huber"), ("--batchsize 3", "--batch-size")])
+def test_what_tyro_refuses_it_says_in_its_own_box(text, said, cli, in_tmp):
+    assert said in cli(text, status=2).err
+    assert not list(in_tmp.iterdir())
+
+
+def test_help_shows_the_defaults_in_force(cli):
+    assert re.search(r"--total-timesteps INT[^(]*\(default: 80000\)", cli("--help").out)
+    assert re.search(r"--total-timesteps INT[^(]*\(default: 500000\)", cli("--no-tuned --help").out)
+
+
+def test_an_error_of_the_users_own_environment_keeps_its_traceback_and_the_log_is_closed(cli, in_tmp):
+    for async_envs in (False, True):
+        process = cli(**SHORT | dict(env_id="environments:Faulty-raise-v0", async_envs=async_envs,
+                                     resume=f"runs/{async_envs}"), status=1)
+        assert "in step\n    raise OSError(\"the motor is broken\")" in process.err
+        assert "OSError: the motor is broken" in process.err
+        assert scalars(in_tmp / f"runs/{async_envs}")["charts/episodic_return"][-1][0] > 600
+
+
+@pytest.mark.parametrize("settings", [dict(env_id="environments:Faulty-reward-v0"), dict(learning_rate=1e30)])
+def test_numbers_that_go_wrong_end_the_run_in_one_line_and_the_log_is_closed(settings, cli, in_tmp):
+    process = cli(**SHORT | settings, status=1)
+    assert re.fullmatch(r"dqn.py: error: step \d+: (reward|loss) not finite in float32; [^\n]+\n", process.err)
+    assert scalars(the_run(in_tmp))["charts/episodic_return"]
