@@ -22,6 +22,14 @@ SHORT = dict(
     eval_episodes=2, eval_max_steps=50, checkpoint_frequency=250,
 )
 
+# dqn.py with another way to start the environments' processes.
+MAIN = """
+import multiprocessing, dqn
+if __name__ == "__main__":
+    multiprocessing.set_start_method("{}")
+    dqn.main()
+"""
+
 
 def flags(**settings):
     """The command line of settings."""

@@ -100,8 +100,8 @@ def test_learning_may_start_as_soon_as_there_is_something_to_sample(num_envs, n_
     """Episodes of one step, each followed by a reset: the least that can be there."""
     least = num_envs * (n_step + frame_stack + 2)
     dqn.train(Args(env_id="environments:Short-v0", num_envs=num_envs, n_step=n_step, frame_stack=frame_stack,
-                   batch_size=16, train_frequency=1, learning_starts=least, total_timesteps=4 * least, checkpoint_frequency=num_envs,
-                   eval_frequency=0))
+                   batch_size=16, train_frequency=1, learning_starts=least, total_timesteps=4 * least,
+                   checkpoint_frequency=num_envs, eval_frequency=0))
 
 
 # Flags of a command line, and what the one line on stderr says.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dqn
-from conftest import finish, flags, gone, start, until
+from conftest import MAIN, finish, flags, gone, start, until
 from dqn import Args, UsageError, make_envs
 from environments import SPACES
 
@@ -139,14 +139,6 @@ def test_the_way_of_videos_shows_the_frames_of_ale_pys_vector_to_the_bit(game, s
     assert (best >= 5) == (game == "SpaceInvaders"), "rewards come as they are"
     for envs in (own, wrapped):
         envs.close()
-
-
-MAIN = """
-import multiprocessing, dqn
-if __name__ == "__main__":
-    multiprocessing.set_start_method("{}")
-    dqn.main()
-"""
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])

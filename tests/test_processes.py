@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import dqn
-from conftest import SHORT, TESTS, differences, finish, flags, gone, outcome, scalars, start, the_run, until
+from conftest import MAIN, SHORT, TESTS, differences, finish, flags, gone, outcome, scalars, start, the_run, until
 
 KILLED = SHORT | dict(num_envs=2, n_step=3, total_timesteps=24_000, learning_starts=400, buffer_size=4000,
                       eval_frequency=3000, checkpoint_frequency=400)
@@ -64,11 +64,13 @@ def test_after_ten_kills_or_five_of_two_ranks_nothing_differs(ranks, kills, in_t
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("settings", [{}, {"async_envs": True}, {"env_id": "ALE/Pong-v5", "hidden_sizes": (4,)}])
-def test_a_signal_to_the_whole_group_ends_a_run_in_order_and_leaves_no_process(settings, number, status, in_tmp):
+@pytest.mark.parametrize(("method", "settings"), [
+    ("fork", {}), ("fork", {"async_envs": True}), ("spawn", {"async_envs": True})])
+def test_a_signal_to_the_whole_group_ends_a_run_in_order_and_leaves_none(method, settings, number, status, in_tmp):
     """As Ctrl-C, timeout(1), systemd and Slurm send it: the environments' processes get it, too."""
-    process = start(*flags(**KILLED | settings | dict(total_timesteps=10**7, eval_frequency=400, batch_size=8)),
-                    cwd=in_tmp)
+    (in_tmp / "main.py").write_text(MAIN.format(method))
+    settings = KILLED | settings | dict(total_timesteps=10**7, eval_frequency=400, batch_size=8)
+    process = start(*flags(**settings), cwd=in_tmp, script=in_tmp / "main.py")
     line(process, "greedy return")
     os.killpg(process.pid, number)
     finish(process, status, timeout=20)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ def die_once(step, **values):
 if __name__ == "__main__":
     if sys.argv[1:]:
         dqn.check_finite = die_once
+        if Path("died").exists():
+            time.sleep(3 * dqn.RANK)  # rank 0 looks for rank 1 before that can say where it is
         dqn.main()
     else:
         one_update()

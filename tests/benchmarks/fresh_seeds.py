@@ -55,14 +55,15 @@ def interval_of_difference(new, old):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", help="name=path of a dqn.py")
+    parser.add_argument("files", nargs="*", help="name=path of a dqn.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=range(31, 41))
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     rows = list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
     done = {(row["file"], row["env_id"], int(row["seed"])) for row in rows}
-    jobs = [(name, str(Path(path).resolve()), env_id, seed) for name, _, path in (each.partition("=") for each in args.files)
-            for env_id in ENVIRONMENTS for seed in args.seeds if (name, env_id, seed) not in done]
+    scripts = {name: str(Path(path).resolve()) for name, path in (each.split("=") for each in args.files)}
+    jobs = [(name, script, env_id, seed) for name, script in scripts.items() for env_id in ENVIRONMENTS
+            for seed in args.seeds if (name, env_id, seed) not in done]
     with ThreadPoolExecutor(args.processes) as pool:
         for row in pool.map(lambda job: run(*job), jobs):
             with RESULTS.open("a", newline="") as file:
@@ -74,19 +75,22 @@ def main():
 
     rows = list(csv.DictReader(RESULTS.open()))
     names = list(dict.fromkeys(row["file"] for row in rows))
-    print("| environment | file | seeds | final: mean | lowest | best network: mean | lowest | seconds |\n" + "|-" * 8 + "|")
+    print("| environment | file | seeds | final: mean | lowest | best network: mean | lowest | seconds |")
+    print("|-" * 8 + "|")
     for env_id in ENVIRONMENTS:
         finals = {}
         for name in names:
             mine = [row for row in rows if (row["file"], row["env_id"]) == (name, env_id)]
             if mine:
-                final, best, seconds = (np.array([float(row[key]) for row in mine]) for key in ("final", "best", "seconds"))
+                columns = [[float(row[key]) for row in mine] for key in ("final", "best", "seconds")]
+                final, best, seconds = map(np.array, columns)
                 finals[name] = final
                 print(f"| {env_id} | {name} | {len(mine)} | {final.mean():.1f} | {final.min():.1f} | {best.mean():.1f} "
                       f"| {best.min():.1f} | {np.median(seconds):.0f} |")
         if {"old", "new"} <= finals.keys() and min(len(final) for final in finals.values()) > 1:
             difference = finals["new"].mean() - finals["old"].mean()
-            print(f"| {env_id} | new - old | | {difference:+.1f} ± {interval_of_difference(finals['new'], finals['old']):.1f} | | | | |")
+            interval = interval_of_difference(finals["new"], finals["old"])
+            print(f"| {env_id} | new - old | | {difference:+.1f} ± {interval:.1f} | | | | |")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     pip install -r requirements.txt -r tests/requirements.txt
     python tests/benchmarks/scaling.py                  # about 15 minutes on two cores
 
-One thread each; gloo over the loopback device, whose counters tell the bytes. Computed are 2 (n - 1) / n of the
-gradient's bytes for n processes, which an all-reduce in a ring must send.
+One thread each; gloo over the loopback device, whose counters tell the bytes (of all that runs on the machine).
+Computed are 2 (n - 1) / n of the gradient's bytes for n processes, which an all-reduce in a ring must send.
 """
 
 import contextlib

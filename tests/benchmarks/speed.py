@@ -136,7 +136,7 @@ def whole(options):
     row("sum", totals)
     row("`--help`, median", [median(values) for values in zip(*(measure("--help") for _ in seeds), strict=True)])
     evaluation = sum(evaluation_seconds(f"{WHOLE} --seed {seed}") for seed in seeds)
-    print(f"\nEvaluations of dqn.py, in other runs of the same seeds: {evaluation:.1f} s, "
+    print(f"\nEvaluations of dqn.py, in other runs of the same seeds: {evaluation:.2f} s, "
           f"{evaluation / totals[0]:.0%} of its sum.")
 
 
