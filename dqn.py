@@ -79,7 +79,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(kw_only=True)
 class Args:
-    """All settings.
+    """All settings. On the command line, TUNED (below) replaces defaults where it has others.
 
     Steps are those of all environments together: with eight, a pass of the loop is eight steps.
     """
@@ -125,7 +125,7 @@ class Args:
     eval_episodes: int = 20  # episodes of an evaluation, played side by side
     eval_max_steps: int = 10_000  # an episode of an evaluation is cut after so many steps
     stop_return: float = math.inf  # end the run once an evaluation reaches this mean return
-    checkpoint_frequency: int = 50_000  # steps between two checkpoints (see `restart`)
+    checkpoint_frequency: int = 50_000  # steps between checkpoints (episodes restart); 0: at the end
     save_model: bool = True  # write model.pt, the best network by greedy evaluation
     capture_video: bool = False  # record greedy episodes at the end
     exp_name: str = "dqn"  # part of the run folder's name
@@ -137,7 +137,7 @@ class Args:
     torch_deterministic: bool = True  # have cuDNN use deterministic kernels only
 
     # instead of a new run
-    resume: str | None = None  # folder of a run to go on with, or for a new one if empty
+    resume: str | None = None  # folder of a run to go on with; if there is none, a new one
     evaluate: str | None = None  # folder of a run whose best network plays
 
 
