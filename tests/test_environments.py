@@ -141,18 +141,18 @@ def test_the_way_of_videos_shows_the_frames_of_ale_pys_vector_to_the_bit(game, s
         envs.close()
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_environments_in_processes_train_to_the_bit_as_in_one_and_leave_none_behind(method, in_tmp):
-    (in_tmp / "main.py").write_text(MAIN.format(method))
+def test_environments_in_processes_train_to_the_bit_as_in_one_and_leave_none_behind(in_tmp):
     settings = dict(num_envs=2, total_timesteps=400, learning_starts=100, batch_size=8, eval_frequency=0)
     models = []
-    for async_envs in (False, True):
-        process = start("--no-tuned", *flags(**settings, async_envs=async_envs, resume=f"runs/{async_envs}"),
-                        cwd=in_tmp, script=in_tmp / "main.py")
+    for method, async_envs in (("fork", False), ("fork", True), ("forkserver", True), ("spawn", True)):
+        (in_tmp / "main.py").write_text(MAIN.format(method))
+        folder = f"runs/{method}-{async_envs}"
+        process = start("--no-tuned", *flags(**settings, async_envs=async_envs, resume=folder), cwd=in_tmp,
+                        script=in_tmp / "main.py")
         finish(process)
-        models.append(torch.load(in_tmp / f"runs/{async_envs}/model.pt"))
         until(lambda process=process: gone(process), timeout=5)
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+        models.append(torch.load(in_tmp / folder / "model.pt"))
+    assert all(torch.equal(models[0][name], model[name]) for model in models for name in model)
 
 
 def test_environments_of_this_process_leave_its_signals_alone():

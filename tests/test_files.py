@@ -204,17 +204,19 @@ class Evil:
         return Path.touch, (Path("hacked"),)
 
 
-@pytest.mark.parametrize("content", [b"", b"half a file", pickle.dumps(Evil())])
-def test_a_damaged_file_or_one_that_could_run_code_is_refused_in_one_line(content, cli, in_tmp):
-    cli(**SHORT | dict(total_timesteps=300), resume="runs/it")
-    for path, flag in ((in_tmp / "runs/it/checkpoint-300-0-of-1.pt", "--resume"),
-                       (in_tmp / "runs/it/model.pt", "--evaluate")):
-        path.write_bytes(content)
+def test_a_damaged_file_or_one_that_could_run_code_is_refused_in_one_line(cli, in_tmp):
+    train(total_timesteps=300, resume="runs/it")
+    torch.save({"evil": Evil()}, in_tmp / "evil.pt")
+    evil = (in_tmp / "evil.pt").read_bytes()
+    for name, flag in (("checkpoint-300-0-of-1.pt", "--resume"), ("model.pt", "--evaluate")):
+        path = Path("runs/it", name)
+        for content in (b"", b"half a file", path.read_bytes()[:-100], pickle.dumps(Evil()), evil):
+            path.write_bytes(content)
+            with pytest.raises(UsageError, match=f"^{path} cannot be read: "):
+                dqn.read(path)
         process = cli(f"{flag} runs/it", status=2)
-        assert process.err.startswith(f"dqn.py: error: {path.relative_to(in_tmp)} cannot be read: ")
+        assert process.err.startswith(f"dqn.py: error: {path} cannot be read: ")
         assert process.err.count("\n") == 1
-    torch.save({"evil": Evil()}, path)
-    assert "cannot be read" in cli("--evaluate runs/it", status=2).err
     assert not Path("hacked").exists()
 
 
@@ -255,6 +257,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_what_was_written_before_goes_on(
         torch.load(path, weights_only=True)
     if (run_dir / "args.json").exists():
         dqn.load_args(run_dir)
+    if size in (252, 1300):  # without a checkpoint, and with one
         roomy = shutil.copytree(run_dir, folder.parent / "roomy")
         alone = finish(start(*flags(**settings), "--resume", folder.parent / "alone", cwd=folder.parent))
         resumed = finish(start("--resume", roomy, cwd=folder.parent))
