@@ -55,7 +55,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -125,7 +124,7 @@ class Args:
     eval_episodes: int = 20  # episodes of an evaluation, played side by side
     eval_max_steps: int = 10_000  # an episode of an evaluation is cut after so many steps
     stop_return: float = math.inf  # end the run once an evaluation reaches this mean return
-    checkpoint_frequency: int = 50_000  # steps between checkpoints (episodes restart); 0: at the end
+    checkpoint_frequency: int = 50_000  # steps between checkpoints, which restart episodes; 0: at end
     save_model: bool = True  # write model.pt, the best network by greedy evaluation
     capture_video: bool = False  # record greedy episodes at the end
     exp_name: str = "dqn"  # part of the run folder's name
@@ -352,8 +351,7 @@ class ReplayBuffer:
         self.args = args
         self.device = device
         self.num_envs = envs.num_envs  # of this process; args.num_envs counts those of all
-        # Rows that `sample` skips are added. Three rows at least, as two resets can follow each other
-        # (an episode's end, then a restart).
+        # Rows that `sample` skips are added. Three rows at least, as a restart can follow a reset.
         self.num_rows = max(args.buffer_size // args.num_envs, 3) + args.n_step + args.frame_stack
         columns = self.num_rows, self.num_envs
         space = envs.single_observation_space
@@ -372,7 +370,7 @@ class ReplayBuffer:
         self.terminated = np.zeros(columns, bool)
         self.is_reset = np.zeros(columns, bool)
         self.age = np.zeros(columns, np.int32)
-        self.resets_next = np.zeros(self.num_envs, bool)  # environments whose next step is only a reset
+        self.resets_next = np.zeros(self.num_envs, bool)  # these only reset in the next step
         self.row = 0  # of the newest observations
         self.size = 0  # rows before it that are filled
 
@@ -477,7 +475,9 @@ class Agent:
         # The loss calls this one, since with torchrun it averages gradients over all processes.
         self.training_network = self.q_network
         if dist.is_initialized():
-            self.training_network = DistributedDataParallel(self.q_network, forward_sync_buffers=False)
+            self.training_network = nn.parallel.DistributedDataParallel(
+                self.q_network, forward_sync_buffers=False
+            )
 
     @torch.no_grad()
     def act(self, observations, epsilon, rng):
@@ -594,21 +594,18 @@ def train(args, signals=()):
     decay_steps = args.exploration_fraction * args.total_timesteps
     final_rate = 0.0 if args.anneal_lr else args.learning_rate
     metrics = {}  # of the last gradient step
-    stop = False
-    while not stop:
+    while True:
         # Act epsilon-greedily in all environments. A step that only resets one counts, too.
         epsilon = linear_schedule(args.start_e, args.end_e, decay_steps, global_step)
         actions = agent.act(observations, epsilon, rng)
-        next_observations, rewards, terminated, truncated, infos = envs.step(
-            actions + envs.single_action_space.start
-        )
+        outcome = envs.step(actions + envs.single_action_space.start)
+        next_observations, rewards, terminated, truncated, infos = outcome
         global_step += args.num_envs
         check_finite(global_step, observation=next_observations, reward=rewards)
         replay.add(actions, rewards, terminated, truncated, next_observations)
         observations = next_observations
 
-        # Learn. Look at each of the steps just taken, so that frequencies mean the same for any
-        # number of environments.
+        # Learn. Look at each of the steps just taken: any number of environments learns as often.
         for step in range(global_step - args.num_envs + 1, global_step + 1):
             if step > args.learning_starts and step % args.train_frequency == 0:
                 learning_rate = linear_schedule(
@@ -638,9 +635,10 @@ def train(args, signals=()):
             if log:
                 log.before_checkpoint()
             save_checkpoint(run_dir, state, global_step, best_return)
-            if not stop:
-                observations, rng = restart(args, envs, replay, global_step)
-                metrics = {}  # a resumed run has none, and both shall log alike
+            if stop:
+                break
+            observations, rng = restart(args, envs, replay, global_step)
+            metrics = {}  # a resumed run has none, and both shall log alike
 
     envs.close()
     if log:
