@@ -124,7 +124,7 @@ class Args:
     eval_episodes: int = 20  # episodes of an evaluation, played side by side
     eval_max_steps: int = 10_000  # an episode of an evaluation is cut after so many steps
     stop_return: float = math.inf  # end the run once an evaluation reaches this mean return
-    checkpoint_frequency: int = 50_000  # steps between checkpoints, which restart episodes; 0: at end
+    checkpoint_frequency: int = 50_000  # steps between checkpoints (episodes restart); 0: at end
     save_model: bool = True  # write model.pt, the best network by greedy evaluation
     capture_video: bool = False  # record greedy episodes at the end
     exp_name: str = "dqn"  # part of the run folder's name
