@@ -134,3 +134,8 @@ def differences(one, other, place=""):
     else:
         same = type(one) is type(other) and one == other
     return [] if same else [place]
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest tests, so that no process is left with them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_processes.py")

@@ -1,10 +1,11 @@
-"""Run versions of dqn.py with their default commands on seeds that nobody has looked at; print both side by side.
+"""Run versions of dqn.py with their default commands on seeds 31 to 40; print them side by side.
 
     git show 749e9d1:dqn.py > /tmp/old/dqn.py
     python tests/benchmarks/fresh_seeds.py old=/tmp/old/dqn.py new=dqn.py     # 45 minutes on two cores
 
 For each environment of TUNED and each seed the command line trains; `final` is the return over 100 greedy episodes of
-the last network that it prints at the end, `best` what --evaluate then prints for model.pt over 100 other episodes.
+the last network that it prints at the end, `best` what --evaluate then prints for model.pt over 100 (in the new file
+the same 100).
 Rows go to results/fresh_seeds.csv; those that are there already are not run again.
 """
 
