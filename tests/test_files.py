@@ -61,7 +61,7 @@ KINDS = {
 def test_a_run_that_died_three_times_ends_as_if_it_had_been_left_alone(kind, in_tmp, monkeypatch):
     settings = KINDS[kind]
     monkeypatch.setattr(dqn, "FINAL_EPISODES", 2)
-    # TensorBoard reads files by name: time in seconds, host, process, a number; here lives share their second.
+    # TensorBoard orders files by time in seconds, host, process and a number; here lives share their second.
     monkeypatch.setattr("socket.gethostname", lambda lives=itertools.count(10): f"life{next(lives)}")
     alone = train(**settings, resume="runs/alone")
     if settings.get("compile"):
