@@ -62,7 +62,8 @@ def test_a_run_that_died_three_times_ends_as_if_it_had_been_left_alone(kind, in_
     settings = KINDS[kind]
     monkeypatch.setattr(dqn, "FINAL_EPISODES", 2)
     # TensorBoard orders files by time in seconds, host, process and a number; here lives share their second.
-    monkeypatch.setattr("socket.gethostname", lambda lives=itertools.count(10): f"life{next(lives)}")
+    lives = itertools.count(10)
+    monkeypatch.setattr("socket.gethostname", lambda: f"life{next(lives)}")
     alone = train(**settings, resume="runs/alone")
     if settings.get("compile"):
         torch._dynamo.reset()  # as in another process
