@@ -854,7 +854,7 @@ def writing(path):
 
 
 def report_thread_error(error):
-    """Print a thread's error, but not TensorBoard's failed write: its next one raises here."""
+    """Print a thread's error, but not a failed write of TensorBoard, which raises it again."""
     if not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)
 
@@ -1035,7 +1035,7 @@ LIMITS = (
     ("above 0", lambda value: value > 0, ("max_grad_norm",)),
     ("above 0 and finite", lambda value: 0 < value < math.inf, ("learning_rate",)),
     ("all at least 1", lambda values: all(value >= 1 for value in values), ("hidden_sizes",)),
-)  # fmt: skip
+)
 
 # What may differ when a run goes on; anything else would make it another experiment.
 MAY_CHANGE = {

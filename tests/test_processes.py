@@ -109,8 +109,6 @@ def test_a_signal_between_any_two_statements_ends_a_run_saved(in_tmp, monkeypatc
             dqn.train(dqn.Args(**settings), signals)
         (step,) = steps_saved(f"runs/{name}")
         assert 0 < step < 1200
-        saved = torch.load(f"runs/{name}/checkpoint-{step}-0-of-1.pt", weights_only=True)
-        assert saved["replay"]["row"] >= step % 600 - 1
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
