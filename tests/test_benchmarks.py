@@ -1,5 +1,6 @@
 """The benchmarks in tests/benchmarks/: statistics, value iteration, sweeps, and tiny runs of every script's table."""
 
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -14,7 +16,6 @@ import dqn
 
 sys.path.insert(0, str(Path(__file__).with_name("benchmarks")))
 
-import fresh_seeds
 import learning
 import optimality
 import resume
@@ -31,9 +32,15 @@ TWO_STATES = {
 }
 
 
+# Settings of runs that end soon and learn nothing.
+TINY = dict(tuned=False, total_timesteps=3_000, learning_starts=1_500, buffer_size=5_000, eval_frequency=1_500,
+            eval_episodes=2, eval_max_steps=50)
+
+
 @pytest.fixture
-def in_process(monkeypatch):
-    """Let sweeps run in this process; what they replace in dqn is put back afterwards."""
+def in_process(monkeypatch, tmp_path):
+    """Let sweeps run in this process, with results in an empty folder; what they replace in dqn is put back."""
+    monkeypatch.setattr(sweep, "RESULTS", tmp_path)
     for name in ("Agent", "Log", "make_envs", "save_checkpoint", "LOG_FREQUENCY", "play"):
         monkeypatch.setattr(dqn, name, getattr(dqn, name))
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *given, **named: ThreadPoolExecutor(1))
@@ -61,11 +68,6 @@ def test_the_bootstrap_interval_of_two_runs_reaches_from_one_to_the_other():
 def test_the_bootstrap_of_many_runs_has_the_width_of_the_normal_approximation():
     scores = np.arange(400.0)  # standard deviation 115.5, of the mean 5.77, so 95% are 199.5 ± 11.3
     assert sweep.interval(scores, np.mean) == pytest.approx((188.2, 210.8), abs=1.5)
-
-
-def test_the_interval_of_a_difference_is_that_of_the_sum_of_both_variances():
-    # Variances of the means: 2 / 2 and 8 / 2, so 1.96 times the root of 5.
-    assert fresh_seeds.interval_of_difference([1, 3], [0, 4]) == pytest.approx(1.96 * 5**0.5)
 
 
 def test_value_iteration_solves_two_states_as_by_hand(two_states):
@@ -146,37 +148,49 @@ def test_a_tuned_run_is_what_the_command_line_would_run():
     assert sweep.Run("CartPole-v1", "plain", 3, {"tuned": False}).args == dqn.Args(seed=3, tuned=False)
 
 
-def test_a_sweep_does_only_what_is_missing_or_out_of_date(tmp_path, in_process):
-    path = tmp_path / "results.csv"
+def test_a_sweep_does_only_what_is_missing(in_process):
+    def do_all(seeds):
+        return sweep.sweep("results", [sweep.Run("CartPole-v1", "quick", seed, TINY) for seed in seeds],
+                           tags=("target/drift",))
 
-    def do_all(settings):
-        runs = [sweep.Run("CartPole-v1", "quick", seed, changes) for seed, changes in settings]
-        return sweep.sweep(path, runs, tags=("target/drift",))
-
-    quick = sweep.TRIAL | dict(tuned=False)
-    first = do_all([(1, quick)])
-    assert {sweep.CURVE, sweep.FINAL, sweep.BEST, "target/drift"} < {row.tag for row in first}
+    first = do_all([1])
+    assert {sweep.CURVE, sweep.FINAL, sweep.BEST, "target/drift"} < set(first.tag)
     assert sweep.last(first, "CartPole-v1", "quick", sweep.STEPS) == 3_000
-    both = do_all([(1, quick), (2, quick)])
-    assert both[: len(first)] == first, "not once more, which would take another time"
-    assert {row.seed for row in both} == {1, 2}
-    again = do_all([(1, quick | {"gamma": 0.5})])
-    assert {row.seed for row in again} == {1}
-    assert {(row.seed, row.key) for row in sweep.read(path)} == {(1, again[0].key), (2, both[-1].key)}
-    assert again[0].key != first[0].key
+    both = do_all([1, 2])
+    assert both[: len(first)].values.tolist() == first.values.tolist(), "not once more, which would take another time"
+    assert set(both.seed) == {1, 2}
+    assert set(do_all([2]).seed) == {2}
+    assert sweep.read(sweep.RESULTS / "results.csv").values.tolist() == both.values.tolist()
+
+
+def test_a_row_names_the_commit_of_the_file_that_ran(monkeypatch, tmp_path):
+    def git(*words):
+        return subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b", *words], check=True,
+                              capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(sweep, "TESTS", tmp_path)
+    monkeypatch.setattr(sweep.dqn, "__file__", str(tmp_path / "dqn.py"))
+    git("init")
+    for name in ("dqn.py", "README.md"):
+        (tmp_path / name).write_text("")
+        git("add", name)
+        git("commit", "-m", name)
+    rows = sweep.rows_of(sweep.Run("E", "s", 1, {}), [(10, sweep.CURVE, 2.0)])
+    assert sweep.commits(rows, "E", "s") == git("rev-parse", "--short", "HEAD~1")
 
 
 def test_a_curve_keeps_the_last_value_of_a_run_that_ended():
     values = {1: {10: 1.0, 20: 2.0}, 2: {10: 3.0, 20: 4.0, 30: 5.0}}
-    rows = [sweep.Row("E", "s", "k", seed, step, sweep.CURVE, value)
-            for seed, each in values.items() for step, value in each.items()]
+    rows = pd.DataFrame([("E", "s", "k", seed, step, sweep.CURVE, value)
+                         for seed, each in values.items() for step, value in each.items()], columns=sweep.COLUMNS)
     steps, returns = learning.curve(rows, "E", "s")
     assert steps.tolist() == [10, 20, 30]
     assert returns.tolist() == [[1, 2, 2], [3, 4, 5]]
+    assert sweep.last(rows, "E", "s", sweep.CURVE).tolist() == [2, 5]
 
 
 def test_a_table_learns_the_optimal_values_of_frozen_lake(in_process):
-    run = next(run for run in optimality.runs(optimality.Options()) if run.setting == "table, 100")
+    run = next(run for run in optimality.runs(sweep.Options(("FrozenLake-v1",))) if run.setting == "table, 100")
     run.changes["total_timesteps"] = 300_000
     rows = sweep.do(run, optimality.prepare, ("q/error", "policy/loss"))
     error, lost = (sweep.last(rows, run.env_id, run.setting, tag)[0] for tag in ("q/error", "policy/loss"))
@@ -185,33 +199,50 @@ def test_a_table_learns_the_optimal_values_of_frozen_lake(in_process):
     assert optimality.published("FrozenLake-v1").optimal(0.99).max() == pytest.approx(0.8628374, abs=1e-6)
 
 
-def test_learning_runs_from_end_to_end(tmp_path, in_process, monkeypatch, capsys):
+def test_a_weight_that_two_states_share_grows_by_two_gamma_a_copy_whatever_the_period():
+    # With the target fixed at t, the error of w to 2 gamma t shrinks to nine tenths in each of the `period` updates.
+    for period in optimality.W_PERIODS:
+        sizes = optimality.w_to_2w(period)
+        growth = 1.98 + (1 - 1.98) * 0.9**period
+        copies = sizes[::period]
+        assert copies == pytest.approx([growth**copy for copy in range(len(copies))], rel=1e-9)
+        assert 1 < growth <= 1.98
+
+
+@pytest.fixture
+def tiny(in_process, monkeypatch):
+    """Make all runs of a script tiny."""
+    args = sweep.Run.args.fget
+    monkeypatch.setattr(sweep.Run, "args", property(lambda run: args(run._replace(changes=run.changes | TINY))))
+
+
+def test_learning_runs_from_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(learning, "ABLATIONS", {"dueling": {"dueling": True}})
-    learning.main(learning.Options(("CartPole-v1",), (1,), tmp_path, ("tuned", "ablation")))
+    learning.main(learning.Options(("CartPole-v1",), (1,), ("tuned", "ablation")))
     out = capsys.readouterr().out
     assert "| CartPole-v1 | tuned |" in out
     assert "| CartPole-v1 | dueling |" in out
-    assert {path.name for path in tmp_path.iterdir()} == {"learning.csv", "tuned.svg", "ablation.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"learning.csv", "tuned.svg"}
 
 
-def test_target_network_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
+def test_target_network_runs_from_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(target_network, "SETTINGS", {"none": target_network.NONE})
     monkeypatch.setattr(target_network, "HARSH_SETTINGS", {"harsh: none": target_network.NONE | target_network.HARSH})
-    target_network.main(target_network.Options(("CartPole-v1",), (1,), tmp_path))
+    target_network.main(sweep.Options(("CartPole-v1",), (1,)))
     assert "| CartPole-v1 | harsh: none |" in capsys.readouterr().out
     rows = sweep.read(tmp_path / "target_network.csv")
     calm, harsh = (sweep.last(rows, "CartPole-v1", name, "target/path") for name in ("none", "harsh: none"))
     assert 0 < calm < harsh
-    assert (tmp_path / "target_network.svg").exists()
+    assert (tmp_path / "target_network_CartPole-v1.svg").exists()
 
 
-def test_optimality_runs_from_end_to_end(tmp_path, in_process, monkeypatch, capsys):
+def test_optimality_runs_from_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     for name in ("NETWORKS", "SYNCS"):
         monkeypatch.setattr(optimality, name, dict([next(iter(getattr(optimality, name).items()))]))
     monkeypatch.setattr(optimality, "STAIR_SYNCS", ("1",))
-    optimality.main(optimality.Options(("FrozenLake-v1",), (1,), tmp_path))
+    optimality.main(sweep.Options(("FrozenLake-v1",), (1,)))
     assert "| FrozenLake-v1 | table | 1 |" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"optimality.csv", "optimality.svg", "staircase.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == {"optimality.csv", "staircase.svg"}
 
 
 def test_a_killed_run_is_equal_to_one_left_alone(tmp_path):
@@ -224,13 +255,8 @@ def test_a_killed_run_is_equal_to_one_left_alone(tmp_path):
     assert list((tmp_path / "killed").glob("checkpoint-4000-*"))
 
 
-def test_processes_send_their_gradients():
-    case = "CartPole-v1, 120 and 84 units"
-    args = dqn.Args(**scaling.RUNS | scaling.CASES[case])
-    assert scaling.gradient_bytes(args) == 4 * (4 * 120 + 120 + 2 * 120 + 120 * 84 + 84 + 2 * 84 + 84 * 2 + 2)
-    steps_per_second, sent = scaling.run(case, 2, 1_000)
-    assert steps_per_second > 0
-    assert sent >= scaling.gradient_bytes(args)
+def test_a_run_of_two_processes_tells_its_speed():
+    assert scaling.run("CartPole-v1, 120 and 84 units", 2, 1_000) > 0
 
 
 def test_contestants_take_turns_and_are_held_against_the_first(capsys):
@@ -245,27 +271,34 @@ def test_contestants_take_turns_and_are_held_against_the_first(capsys):
     assert lines[-2:] == ["| a | 200 (100–400) | 1.00 (1.00–1.00) |", "| b | 400 (300–1,600) | 3.00 (2.00–4.00) |"]
 
 
-def test_a_timer_counts_the_calls_of_its_functions_only(monkeypatch):
+def test_a_timer_counts_the_calls_of_its_function_only(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(sweep, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    owner = SimpleNamespace(double=lambda x: 2 * x)
-    double = owner.double
-    with sweep.timed((owner, "double")) as seconds:
-        assert [owner.double(1), owner.double(x=2)] == [2, 4]
+    seconds = []
+    double = sweep.timer(lambda x: 2 * x, seconds)
+    assert [double(1), double(x=2)] == [2, 4]
     assert seconds == [1, 1]
-    assert owner.double is double
 
 
-def test_speed_runs_from_end_to_end(monkeypatch, capsys):
-    monkeypatch.setattr(speed, "WHOLE", "--env-id CartPole-v1 --total-timesteps 1500 --eval-frequency 500")
-    speed.main(speed.Options(steps=3_000, repeats=1, environments=(8,)))
+def test_speed_of_training_and_of_its_pieces_from_end_to_end(capsys):
+    speed.main(speed.Options(steps=3_000, repeats=1, environments=(8,), sb3=False, tables=("training", "pieces")))
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
     table = {line[0]: line[1:] for line in lines}
     assert float(table["dqn.py, 8 environments"][0].split()[0].replace(",", "")) > 100
-    seconds = float(table["sum"][0].split()[0])
-    assert table["`--env-id CartPole-v1 --total-timesteps 1500 --eval-frequency 500 --seed 1`"] == table["sum"]
-    assert float(table["`--help`, median"][0].split()[0]) > 0.1
     *costs, together = (float(cell.replace(",", "")) for cell in table["8 environments"])
     assert together == pytest.approx(sum(costs[:3]) / 8 + sum(costs[3:]) / 10, abs=2)
-    (evaluation,) = (line[0] for line in lines if line[0].startswith("Evaluations"))
-    assert 0 < float(evaluation.split(": ")[1].split()[0]) < seconds
+
+
+def test_whole_processes_are_compared_with_what_they_reached(monkeypatch, capsys):
+    def process(python, script, flags):
+        if script == speed.SB3:
+            return 30.0, 100.0, "steps 5000 steps/s 100.0\nreturn 480.25"
+        told = "step 80,000: greedy return 490.0 ± 1.0 over 100 episodes\n"
+        told += "at the end: return 499.0 ± 2.0 over 100 episodes"
+        return 10.0, 100.0, told
+
+    monkeypatch.setattr(speed, "process", process)
+    speed.main(speed.Options(repeats=2, tables=("whole",)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:4] == [f"| {seed} | 10.0 s | 499.0 | 30.0 s | 480.2 | 0.33 |" for seed in (1, 2)]
+    assert lines[4] == "| median | 10.0 s |  | 30.0 s |  | 0.33 |"

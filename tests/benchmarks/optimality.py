@@ -1,18 +1,18 @@
 """Does a stale target keep the Q-network from the optimum? Measured where the optimum is known.
 
-    pip install -r requirements.txt -r tests/benchmarks/requirements.txt
     python tests/benchmarks/optimality.py                # all runs that results/optimality.csv lacks
     python tests/benchmarks/optimality.py --seeds 11     # of one seed
 
 FrozenLake-v1 (slippery), CliffWalking-v1 and Taxi-v4 publish their dynamics. Value iteration gives Q* from them; runs
 of dqn.py, as a table and as a network, are compared with it whenever they log. Exploration is complete: every episode
 begins in a state drawn uniformly, every action is drawn uniformly, and after 10 steps, or 5, the episode is truncated,
-which bootstraps, so that Q* is the one without a time limit. Prints a table, draws results/optimality.svg and
-results/staircase.svg.
+which bootstraps, so that Q* is the one without a time limit.
+
+The other side is w -> 2w (Sutton & Barto 2018, section 11.2), two states that share one weight: no period of the target
+network makes that converge. Prints both tables, draws results/staircase.svg.
 """
 
 import itertools
-from dataclasses import dataclass
 
 import figures
 import gymnasium as gym
@@ -115,62 +115,42 @@ def make_envs(args, num_envs, *_):
     return ExploringStarts(num_envs, args.env_id, **args.env_kwargs)
 
 
-SYNCS = {
-    "1": dict(target_network_frequency=1),
-    "100": dict(target_network_frequency=100),
-    "1,000": dict(target_network_frequency=1_000),
-    "10,000": dict(target_network_frequency=10_000),
-    "soft, 0.01": dict(target_network_frequency=1, tau=0.01),
-}
-NETWORKS = {
-    "table": dict(hidden_sizes=(), layer_norm=False),
-    "network": dict(hidden_sizes=(120, 84), layer_norm=True),
-}
-COMMON = dict(tuned=False, num_envs=64, start_e=1.0, end_e=1.0, learning_starts=5_000, anneal_lr=True, gamma=0.99,
-              n_step=1, double_q=False, dueling=False, loss="mse", tau=1.0, eval_frequency=0, eval_episodes=1,
-              eval_max_steps=1, checkpoint_frequency=0)
+SYNCS = {"1": dict(target_network_frequency=1), "100": dict(target_network_frequency=100),
+         "1,000": dict(target_network_frequency=1_000), "10,000": dict(target_network_frequency=10_000),
+         "soft, 0.01": dict(target_network_frequency=1, tau=0.01)}
+NETWORKS = {"table": dict(hidden_sizes=(), layer_norm=False), "network": dict(hidden_sizes=(120, 84))}
+COMMON = dict(tuned=False, num_envs=64, end_e=1.0, learning_starts=5_000, double_q=False, buffer_size=100_000,
+              eval_frequency=0, eval_episodes=1, eval_max_steps=1, checkpoint_frequency=0)
 # A slippery lake needs many samples: what the buffer holds is a sample of the dynamics, and Q can be no better.
 ENVIRONMENTS = {
     "FrozenLake-v1": dict(env_kwargs={"limit": 10}, total_timesteps=6_000_000, num_envs=256, train_frequency=256,
                           buffer_size=6_000_000),
-    "CliffWalking-v1": dict(env_kwargs={"limit": 5}, total_timesteps=1_000_000, train_frequency=32,
-                            buffer_size=100_000),
-    "Taxi-v4": dict(env_kwargs={"limit": 10}, total_timesteps=500_000, train_frequency=16, buffer_size=100_000),
+    "CliffWalking-v1": dict(env_kwargs={"limit": 5}, total_timesteps=1_000_000, train_frequency=32),
+    "Taxi-v4": dict(env_kwargs={"limit": 10}, total_timesteps=500_000, train_frequency=16),
 }
 # How fast a table's entries can move goes with how large Q* is; a larger batch leaves less noise in the end.
 FITS = {
-    "table": {
-        "FrozenLake-v1": dict(learning_rate=0.005, batch_size=4096),
-        "CliffWalking-v1": dict(learning_rate=0.5, batch_size=256),
-        "Taxi-v4": dict(learning_rate=0.03, batch_size=512, total_timesteps=600_000),
-    },
-    "network": {
-        "FrozenLake-v1": dict(learning_rate=1e-3, batch_size=512),
-        "CliffWalking-v1": dict(learning_rate=1e-3, batch_size=256),
-        "Taxi-v4": dict(learning_rate=1e-4, batch_size=256),
-    },
+    ("FrozenLake-v1", "table"): dict(learning_rate=0.005, batch_size=4096),
+    ("FrozenLake-v1", "network"): dict(learning_rate=1e-3, batch_size=512),
+    ("CliffWalking-v1", "table"): dict(learning_rate=0.5, batch_size=256),
+    ("CliffWalking-v1", "network"): dict(learning_rate=1e-3, batch_size=256),
+    ("Taxi-v4", "table"): dict(learning_rate=0.03, batch_size=512, total_timesteps=600_000),
+    ("Taxi-v4", "network"): dict(learning_rate=1e-4, batch_size=256),
 }
-# Runs behind the first figure: enough gradient steps between two syncs for the table to reach its target.
+# Runs behind the figure: enough gradient steps between two syncs for the table to reach its target.
 STAIRS = dict(total_timesteps=300_000, num_envs=64, train_frequency=16, buffer_size=300_000, anneal_lr=False)
 STAIR_SYNCS = ("1", "1,000", "10,000")
 STAIR_RATES = {"FrozenLake-v1": 0.01, "CliffWalking-v1": 0.1, "Taxi-v4": 0.05}
 STAIR_LIMITS = {"FrozenLake-v1": 1.0, "CliffWalking-v1": 0.15, "Taxi-v4": 1.4}
 
 
-@dataclass
-class Options(sweep.Options):
-    """What to run."""
-
-    env_ids: tuple[str, ...] = tuple(ENVIRONMENTS)  # environments
-
-
 def runs(options):
     """List all runs, seed by seed; first those of the first seed for the figure of the staircase, which log often."""
     def run(env_id, network, sync, seed, setting, changes):
-        changes = COMMON | ENVIRONMENTS[env_id] | NETWORKS[network] | FITS[network][env_id] | SYNCS[sync] | changes
+        changes = COMMON | ENVIRONMENTS[env_id] | NETWORKS[network] | FITS[env_id, network] | SYNCS[sync] | changes
         for name in ("target_network_frequency", "learning_starts"):  # no update is needed before a gradient step
             changes[name] = max(changes[name], changes["train_frequency"])
-        return Run(env_id, setting, seed, changes | (sweep.TRIAL if options.trial else {}))
+        return Run(env_id, setting, seed, changes)
 
     stairs = [run(env_id, "table", sync, options.seeds[0], f"stairs, {sync}",
                   STAIRS | dict(learning_rate=STAIR_RATES[env_id]))
@@ -214,44 +194,60 @@ def value_iteration(run):
     return errors
 
 
-def report(rows, options):
-    """Print the table, draw both figures."""
-    print("| environment | Q is a | target updated every | largest error of Q, in % of the largest value of Q*: "
-          "median (highest) | optimal policy |\n|-|-|-|-|-|")
+W_PERIODS = (1, 10, 100, 500)  # updates of w between two copies to the target
+W_UPDATES = 2_000
+
+
+def w_to_2w(period, gamma=0.99, step_size=0.1):
+    """Return |w| (W_UPDATES + 1,) if a state of value w is always followed by one of value 2w, without reward.
+
+    Right is w = 0. The first state is learned from; its target, gamma 2w, has a copy of w that is `period` updates old
+    at most.
+    """
+    w = target_w = 1.0
+    sizes = [w]
+    for update in range(1, W_UPDATES + 1):
+        w += step_size * (gamma * 2 * target_w - w)  # the gradient of the first state's value is 1
+        if update % period == 0:
+            target_w = w
+        sizes.append(abs(w))
+    return np.array(sizes)
+
+
+def main(options):
+    """Run what is missing, print the tables, draw the figure."""
+    rows = sweep.sweep("optimality", runs(options), prepare, ("q/error", "policy/loss"))
+    sweep.head("environment", "Q is a", "target updated every", "commit",
+               "largest error of Q, in % of the largest abs(Q*): median (highest)", "optimal policy")
     for env_id, network, sync in itertools.product(options.env_ids, NETWORKS, SYNCS):
-        error, lost = (sweep.last(rows, env_id, f"{network}, {sync}", tag) for tag in ("q/error", "policy/loss"))
-        print(f"| {env_id} | {network} | {sync} | {np.median(error):.2%} ({error.max():.2%}) | "
-              f"{(lost < 1e-6).sum()} of {len(lost)} |")
-    with figures.panels(options.results / "staircase.svg", options.env_ids, 3, xlabel="environment steps",
+        setting = f"{network}, {sync}"
+        error, lost = (sweep.last(rows, env_id, setting, tag) for tag in ("q/error", "policy/loss"))
+        sweep.line(env_id, network, sync, sweep.commits(rows, env_id, setting),
+                   f"{np.median(error):.2%} ({error.max():.2%})", f"{(lost < 1e-6).sum()} of {len(lost)}")
+    sweep.head("w -> 2w, target updated every", "abs(w) after 2,000 updates", "beyond 10^12 at update",
+               "growth from copy to copy (2 gamma = 1.98)")
+    for period in W_PERIODS:
+        sizes = w_to_2w(period)
+        beyond = np.argmax(sizes > 1e12) if sizes[-1] > 1e12 else "-"
+        growth = sizes[period::period] / sizes[:-period:period]
+        sweep.line(period, f"{sizes[-1]:.3g}", beyond, f"{growth.max():.2f}")
+    titles = [*options.env_ids, "w → 2w: one weight for two states"]
+    with figures.panels("staircase", titles, 2, xlabel="environment steps",
                         ylabel="largest error of Q / largest |Q*|") as places:
-        for axes, env_id in zip(places, options.env_ids, strict=True):
+        for number, period in enumerate(W_PERIODS):
+            places[-1].plot(w_to_2w(period), color=f"C{number + 3}", linewidth=1)
+            places[-1].text((30, 400, 1300, 1500)[number], (1e10, 1e7, 1e5, 12)[number], f"every {period}")
+        places[-1].set(yscale="log", ylim=(0.5, 1e12), xlabel="updates", ylabel="error, |w|")
+        for axes, env_id in zip(places, options.env_ids, strict=False):
             for sync in STAIR_SYNCS:
-                for values in sweep.table(rows, env_id, f"stairs, {sync}", "q/error").values():
-                    axes.plot(list(values), list(values.values()), label=f"sync every {sync}", linewidth=1)
+                error = sweep.table(rows, env_id, f"stairs, {sync}", "q/error")
+                axes.plot(error.index, error, label=f"sync every {sync}", linewidth=1)
             sweeps = value_iteration(next(run for run in runs(options) if run.env_id == env_id))
             axes.step(np.arange(len(sweeps)) * 10_000, sweeps, "k:", where="post", linewidth=1,
                       label="value iteration, a sweep every 10,000")
             axes.set_ylim(0, STAIR_LIMITS[env_id])
             axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
-    with figures.panels(options.results / "optimality.svg", options.env_ids, 3, yscale="log",
-                        xlabel="target updated every", ylabel="final error / largest |Q*|") as places:
-        for axes, env_id in zip(places, options.env_ids, strict=True):
-            for number, network in enumerate(NETWORKS):
-                errors = [sweep.last(rows, env_id, f"{network}, {sync}", "q/error") for sync in SYNCS]
-                for place, values in enumerate(errors):
-                    axes.plot([place] * len(values), values, "o", color=f"C{number}", alpha=0.4, markersize=3)
-                medians = [np.median(values) for values in errors]
-                axes.plot(range(len(SYNCS)), medians, color=f"C{number}", label=network)
-            axes.axhline(0.01, color="gray", linestyle=":", label="1%")
-            axes.set_ylim(1e-7, 0.1)
-            axes.set_xticks(range(len(SYNCS)), SYNCS, rotation=45)
-
-
-def main(options):
-    """Run what is missing, then report."""
-    path = options.results / "optimality.csv"
-    report(sweep.sweep(path, runs(options), prepare, ("q/error", "policy/loss")), options)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(sweep.Options, default=sweep.Options(tuple(ENVIRONMENTS))))

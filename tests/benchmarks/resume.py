@@ -1,6 +1,5 @@
 """What killing a run loses, and what checkpoints cost.
 
-    pip install -r requirements.txt -r tests/requirements.txt
     python tests/benchmarks/resume.py                   # some minutes on two cores
 
 One run is killed (SIGKILL) at random moments and resumed until it is done, and compared with the same run left alone:
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import tyro
-from sweep import dqn, quiet_folder, timed
+from sweep import dqn, head, line, quiet_folder, timer
 
 from conftest import differences, finish, outcome, start
 
@@ -54,9 +53,11 @@ def kill(options, folder):
     return steps, differences(outcome(alone), outcome(killed))
 
 
-def share(seed):
+def share(seed, save=dqn.save_checkpoint):
     """Measure what checkpoints take of the default run's time."""
-    with quiet_folder(), timed((dqn, "save_checkpoint")) as seconds:
+    seconds = []
+    dqn.save_checkpoint = timer(save, seconds)
+    with quiet_folder():
         start = time.perf_counter()
         dqn.train(dqn.parse_args(["--env-id", "CartPole-v1", "--seed", str(seed)]))
         return sum(seconds) / (time.perf_counter() - start)
@@ -64,15 +65,15 @@ def share(seed):
 
 def main(options):
     """Print the table."""
-    print("| what | measured |\n|-|-|")
+    head("what", "measured")
     with tempfile.TemporaryDirectory() as folder:
         steps, different = kill(options, Path(folder))
-    print(f"| SIGKILLs survived | {len(steps)} of {len(steps)}, newest checkpoints at steps {min(steps):,} to "
-          f"{max(steps):,} of {options.steps:,} |\n| differences in the end | {different or 'none'} |", flush=True)
+    line("SIGKILLs survived", f"{len(steps)} of {len(steps)}, newest checkpoints at steps {min(steps):,} to "
+         f"{max(steps):,} of {options.steps:,}")
+    line("differences in the end", different or "none")
     if options.repeats:
         shares = [share(seed) for seed in range(1, options.repeats + 1)]
-        print(f"| checkpoints' share of the default run | {median(shares):.2%} ({min(shares):.2%} to "
-              f"{max(shares):.2%}) |")
+        line("checkpoints' share of the default run", f"{median(shares):.2%} ({min(shares):.2%} to {max(shares):.2%})")
 
 
 if __name__ == "__main__":

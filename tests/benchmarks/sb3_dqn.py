@@ -2,8 +2,8 @@
 
     python tests/benchmarks/sb3_dqn.py --env-id CartPole-v1 --num-envs 8 --total-timesteps 100000
 
-Prints the steps per second of learn(). With several environments SB3 counts train_freq in passes, so that
-gradient_steps = num_envs keeps the gradient steps per environment step.
+Prints the steps per second of learn(). With --stop-return it evaluates as dqn.py does, 100 greedy episodes side by
+side, ends once they reach that mean, and prints the return of 100 others.
 """
 
 import math
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import tyro
 from stable_baselines3 import DQN
-from stable_baselines3.common.env_util import make_atari_env, make_vec_env
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.vec_env import VecFrameStack
-from torch import nn
+from stable_baselines3.common.callbacks import EvalCallback, StopTrainingOnRewardThreshold
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 
 
 @dataclass
@@ -31,50 +30,40 @@ class Options:
     learning_starts: int = 10_000
     batch_size: int = 128
     train_frequency: int = 10
+    gradient_steps: int = 1  # at a time, for each environment: SB3 counts train_frequency in passes of all
     gamma: float = 0.99
     target_network_frequency: int = 500
-    max_grad_norm: float = math.inf
-    start_e: float = 1.0
     end_e: float = 0.05
     exploration_fraction: float = 0.5
+    hidden_sizes: tuple[int, ...] = (120, 84)
+    eval_frequency: int = 5_000
+    max_grad_norm: float = math.inf
+    stop_return: float = math.inf
 
 
-class MinAtarExtractor(BaseFeaturesExtractor):
-    """What dqn.py's network has below its output on MinAtar: a convolution and a hidden layer."""
-
-    def __init__(self, observation_space, features_dim=128):
-        super().__init__(observation_space, features_dim)
-        height, width, channels = observation_space.shape
-        self.layers = nn.Sequential(nn.Conv2d(channels, 16, 3), nn.ReLU(), nn.Flatten(),
-                                    nn.Linear(16 * (height - 2) * (width - 2), features_dim), nn.ReLU())
-
-    def forward(self, observations):
-        return self.layers(observations.permute(0, 3, 1, 2))
-
-
-def make_model(options):
-    """Make SB3's DQN with these settings, and the network that dqn.py has for the environment."""
-    policy, network, settings = "MlpPolicy", {"net_arch": [120, 84]}, {"n_envs": options.num_envs, "seed": options.seed}
-    if options.env_id.startswith("ALE/"):  # SB3's own wrapper, but as in dqn.py four frames a step and sticky actions
-        policy, network = "CnnPolicy", {}
-        envs = VecFrameStack(make_atari_env(f"ale_py:{options.env_id}", env_kwargs={"frameskip": 1}, **settings), 4)
-    else:
-        envs = make_vec_env(options.env_id, **settings)
-    if "MinAtar/" in options.env_id:
-        network = {"features_extractor_class": MinAtarExtractor, "net_arch": []}
-    return DQN(
-        policy, envs, learning_rate=options.learning_rate, buffer_size=options.buffer_size,
+def main(options):
+    """Train, and evaluate where asked."""
+    envs = make_vec_env(options.env_id, options.num_envs, seed=options.seed)
+    model = DQN(
+        "MlpPolicy", envs, learning_rate=options.learning_rate, buffer_size=options.buffer_size,
         learning_starts=options.learning_starts, batch_size=options.batch_size, gamma=options.gamma,
-        train_freq=options.train_frequency, gradient_steps=options.num_envs,
+        train_freq=options.train_frequency, gradient_steps=options.gradient_steps * options.num_envs,
         target_update_interval=options.target_network_frequency, exploration_fraction=options.exploration_fraction,
-        exploration_initial_eps=options.start_e, exploration_final_eps=options.end_e,
-        max_grad_norm=options.max_grad_norm, policy_kwargs=network, seed=options.seed, device="cpu",
+        exploration_final_eps=options.end_e, max_grad_norm=options.max_grad_norm,
+        policy_kwargs={"net_arch": options.hidden_sizes}, seed=options.seed, device="cpu",
     )
+    evaluates = options.stop_return < math.inf
+    callback = None
+    if evaluates:
+        eval_envs = make_vec_env(options.env_id, 100, seed=1000 + options.seed)
+        stop = StopTrainingOnRewardThreshold(options.stop_return)
+        callback = EvalCallback(eval_envs, stop, n_eval_episodes=100, eval_freq=options.eval_frequency, verbose=0)
+    start = time.perf_counter()
+    model.learn(options.total_timesteps, callback)
+    print("steps", model.num_timesteps, "steps/s", model.num_timesteps / (time.perf_counter() - start))
+    if evaluates:
+        print("return", evaluate_policy(model, eval_envs, 100)[0])
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(Options)
-    model = make_model(chosen)
-    start = time.perf_counter()
-    model.learn(chosen.total_timesteps)
-    print(chosen.total_timesteps / (time.perf_counter() - start))
+    main(tyro.cli(Options))

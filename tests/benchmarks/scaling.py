@@ -1,21 +1,17 @@
 """What more processes bring and cost: whole runs under torchrun on this machine.
 
-    pip install -r requirements.txt -r tests/requirements.txt
     python tests/benchmarks/scaling.py                  # about 15 minutes on two cores
 
-One thread each; gloo over the loopback device, whose counters tell the bytes (of all that runs on the machine).
-Computed are 2 (n - 1) / n of the gradient's bytes for n processes, which an all-reduce in a ring must send.
+One thread each; gloo over the loopback device.
 """
 
-import contextlib
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import tyro
 from speed import spread
-from sweep import dqn, scalars
+from sweep import head, line, scalars
 
 from conftest import finish, flags, start, the_run
 
@@ -27,7 +23,6 @@ CASES = {
 }
 RUNS = dict(tuned=False, cuda=False, num_envs=8, buffer_size=10_000, eval_frequency=0, eval_episodes=1,
             eval_max_steps=1, checkpoint_frequency=0)
-LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 
 @dataclass
@@ -41,36 +36,22 @@ class Options:
 
 
 def run(case, processes, steps):
-    """Return steps a second, and bytes that a process sends in each gradient step."""
-    starts = max(steps // 20, 100)
-    settings = RUNS | CASES[case] | dict(total_timesteps=steps, learning_starts=starts)
-    sent = int(LOOPBACK.read_text())
+    """Return steps a second."""
+    settings = RUNS | CASES[case] | dict(total_timesteps=steps, learning_starts=max(steps // 20, 100))
     with tempfile.TemporaryDirectory() as folder:
         finish(start(*flags(**settings), cwd=folder, ranks=processes), timeout=3600)
-        speed = scalars(the_run(folder))["charts/SPS"][-1][1]
-    sent = int(LOOPBACK.read_text()) - sent
-    return speed, sent / processes / ((steps - starts) // 10)
-
-
-def gradient_bytes(args):
-    """Compute the size of a network's gradient."""
-    with contextlib.closing(dqn.make_envs(args, 1)) as envs:
-        return 4 * sum(parameter.numel() for parameter in dqn.QNetwork(args, envs).parameters())
+        return scalars(the_run(folder))["charts/SPS"][-1][1]
 
 
 def main(options):
     """Print the table."""
-    print("| measured | processes | steps/s: median (lowest–highest) | of the first row's | bytes that a process sends "
-          "in a gradient step | computed |\n|-|-|-|-|-|-|")
+    head("measured", "processes", "steps/s: median (lowest–highest)", "of the first row's")
     for case in options.cases:
-        size = gradient_bytes(dqn.Args(**RUNS | CASES[case]))
         steps = options.steps // (10 if "Pong" in case else 1)
         turns = [[run(case, number, steps) for number in options.processes] for _ in range(options.repeats)]
-        for number, results in zip(options.processes, zip(*turns, strict=True), strict=True):
-            speeds, sent = zip(*results, strict=True)
-            base = median(turn[0][0] for turn in turns)
-            print(f"| {case} | {number} | {spread(speeds, 0)} | {median(speeds) / base:.2f} | {median(sent):,.0f} | "
-                  f"{2 * (number - 1) / number * size:,.0f} |", flush=True)
+        base = median(turn[0] for turn in turns)
+        for number, speeds in zip(options.processes, zip(*turns, strict=True), strict=True):
+            line(case, number, spread(speeds, 0), f"{median(speeds) / base:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
-"""What the benchmarks share: runs over seeds into one tidy CSV, the statistics of what they returned, a timer.
+"""What the benchmarks share: runs over seeds into one tidy CSV, the statistics of what they returned, tables, a timer.
 
-A CSV has a row for each value: env_id, setting (a name), key (a checksum of all settings), seed, step, tag, value. A
-run is in it as a whole or not at all, and is not run again as long as its settings are the same.
+A CSV has a row for each value: env_id, setting (a name), commit (of the dqn.py that ran), seed, step, tag, value. A run
+is in it as a whole or not at all, and is not run again: to have it measured with another dqn.py, delete its rows.
 """
 
 import contextlib
-import csv
 import dataclasses
 import io
 import os
+import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
+import pandas as pd
 
 TESTS = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -27,10 +26,9 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 import dqn  # noqa: E402
 from conftest import scalars  # noqa: E402
 
+COLUMNS = ["env_id", "setting", "commit", "seed", "step", "tag", "value"]
 CURVE = "eval/episodic_return"
 FINAL, SPREAD, BEST, STEPS, SECONDS = "final/return", "final/spread", "final/best", "final/steps", "final/seconds"
-TRIAL = dict(total_timesteps=3_000, learning_starts=1_500, buffer_size=5_000, eval_frequency=1_500, eval_episodes=2,
-             eval_max_steps=50)
 
 
 @dataclasses.dataclass
@@ -39,11 +37,6 @@ class Options:
 
     env_ids: tuple[str, ...]  # environments
     seeds: tuple[int, ...] = tuple(range(11, 21))  # one run each of every setting
-    trial: Path | None = None  # folder for the results of tiny runs that learn nothing
-
-    @property
-    def results(self):
-        return self.trial or RESULTS
 
 
 class Run(NamedTuple):
@@ -59,23 +52,6 @@ class Run(NamedTuple):
         """All settings; as on the command line, TUNED comes before the plain defaults."""
         tuned = dqn.tuned_settings(self.env_id) if self.changes.get("tuned", True) else {}
         return dqn.Args(**tuned | self.changes | dict(env_id=self.env_id, seed=self.seed))
-
-    @property
-    def key(self):
-        """A checksum of the settings."""
-        return f"{zlib.crc32(repr(self.args).encode()):08x}"
-
-
-class Row(NamedTuple):
-    """One value of one run."""
-
-    env_id: str
-    setting: str
-    key: str
-    seed: int
-    step: int
-    tag: str
-    value: float
 
 
 @contextlib.contextmanager
@@ -96,20 +72,12 @@ def timer(function, seconds):
     return call
 
 
-@contextlib.contextmanager
-def timed(*places):
-    """Collect the seconds of every call of functions, each given as (owner, name)."""
-    seconds = []
-    with contextlib.ExitStack() as stack:
-        for owner, name in places:
-            stack.enter_context(mock.patch.object(owner, name, timer(getattr(owner, name), seconds)))
-        yield seconds
-
-
 def rows_of(run, values):
     """Make rows of (step, tag, value)."""
-    identity = (run.env_id, run.setting, run.key, run.seed)
-    return [Row(*identity, step, tag, float(f"{value:.6g}")) for step, tag, value in values]
+    git = ["git", "log", "-1", "--format=%h", "--", dqn.__file__]  # the last commit that changed the file
+    commit = subprocess.run(git, cwd=TESTS, capture_output=True, text=True, check=True).stdout.strip()
+    return pd.DataFrame([(*run[:2], commit, run.seed, step, tag, float(f"{value:.6g}"))
+                         for step, tag, value in values], columns=COLUMNS)
 
 
 def do(run, prepare=None, tags=()):
@@ -136,56 +104,55 @@ def do(run, prepare=None, tags=()):
 
 def read(path):
     """Read all rows of a CSV; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [Row(r["env_id"], r["setting"], r["key"], int(r["seed"]), int(r["step"]), r["tag"], float(r["value"]))
-                for r in csv.DictReader(file)]
+    return pd.read_csv(path, dtype={"commit": str}) if path.exists() else pd.DataFrame(columns=COLUMNS)
 
 
-def write(path, rows):
-    """Replace a CSV, whole."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows(sorted(rows, key=lambda row: row[:2] + row[3:6]))
-    partial.replace(path)
-
-
-def sweep(path, runs, prepare=None, tags=(), do=do):
-    """Do the runs that are not in the CSV yet, one process a core, one thread each; return the rows of all."""
+def sweep(name, runs, prepare=None, tags=(), do=do):
+    """Do the runs that are not in a CSV yet, one process a core, one thread each; return the rows of all."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    path.parent.mkdir(exist_ok=True, parents=True)
-    wanted = {(run.env_id, run.setting, run.key, run.seed): run for run in runs}
+    path = RESULTS / f"{name}.csv"
+    wanted = {run[:3]: run for run in runs}  # by environment, setting and seed
     rows = read(path)
-    done = {row[:4] for row in rows}
-    names = {key[:2] + key[3:] for key in wanted}  # with another key they are out of date
-    rows = [row for row in rows if row[:4] in wanted or row[:2] + row[3:4] not in names]
+    done = set(zip(rows.env_id, rows.setting, rows.seed, strict=True))
     with ProcessPoolExecutor(os.cpu_count(), max_tasks_per_child=1) as executor:
-        tasks = [executor.submit(do, run, prepare, tags) for key, run in wanted.items() if key not in done]
+        tasks = [executor.submit(do, run, prepare, tags) for name, run in wanted.items() if name not in done]
         for number, task in enumerate(as_completed(tasks), 1):
             new = task.result()
-            rows += new
-            write(path, rows)
-            final = {row.tag: row.value for row in new}
-            print(f"{number} of {len(tasks)}: {new[0].env_id} {new[0].setting} seed {new[0].seed}: final return "
+            rows = pd.concat([rows, new]) if len(rows) else new
+            rows = rows.sort_values(["env_id", "setting", "seed", "step", "tag"])
+            rows.to_csv(path.with_suffix(".tmp"), index=False)
+            path.with_suffix(".tmp").replace(path)
+            final = new.set_index("tag").value
+            print(f"{number} of {len(tasks)}: {new.env_id[0]} {new.setting[0]} seed {new.seed[0]}: final return "
                   f"{final[FINAL]:.1f} ± {final[SPREAD]:.1f}, {final[SECONDS]:.0f} s", flush=True)
-    return [row for row in read(path) if row[:4] in wanted]
+    return rows[[name in wanted for name in zip(rows.env_id, rows.setting, rows.seed, strict=True)]]
 
 
 def table(rows, env_id, setting, tag):
-    """Collect the values of one tag: seed -> step -> value."""
-    values = {}
-    for row in rows:
-        if (row.env_id, row.setting, row.tag) == (env_id, setting, tag):
-            values.setdefault(row.seed, {})[row.step] = row.value
-    return dict(sorted(values.items()))
+    """Collect the values of one tag, by step and seed."""
+    chosen = rows[(rows.env_id == env_id) & (rows.setting == setting) & (rows.tag == tag)]
+    return chosen.pivot(index="step", columns="seed", values="value")
 
 
 def last(rows, env_id, setting, tag):
     """Collect the last value of a tag in each run, in the order of the seeds."""
-    return np.array([values[max(values)] for values in table(rows, env_id, setting, tag).values()])
+    return table(rows, env_id, setting, tag).ffill().iloc[-1].to_numpy()
+
+
+def commits(rows, env_id, setting):
+    """Name the dqn.py that a setting was measured with."""
+    return ", ".join(sorted(set(rows.commit[(rows.env_id == env_id) & (rows.setting == setting)])))
+
+
+def head(*titles):
+    """Print the head of a Markdown table."""
+    line(*titles)
+    print("|" + "-|" * len(titles))
+
+
+def line(*cells):
+    """Print a line of a Markdown table."""
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 def iqm(scores, axis=0):

@@ -1,15 +1,13 @@
 """Why is the TD target not computed with the network being optimised? Measured on plain Q-learning with a network.
 
-    pip install -r requirements.txt -r tests/benchmarks/requirements.txt
     python tests/benchmarks/target_network.py                # all runs that results/target_network.csv lacks
     python tests/benchmarks/target_network.py --seeds 11     # of one seed
 
-Prints a table and draws results/target_network.svg: how far the TD targets of a fixed batch move in each gradient step,
-how large |Q| becomes, and what it is good for. "Solved, then lost" counts seeds. Within a group, settings differ in
-the target network alone (and in LayerNorm, where the name says so).
+Prints a table and draws results/target_network_*.svg: how far the TD targets of a fixed batch move in each gradient
+step, how large |Q| becomes, and what it is good for. "Solved, then lost" counts seeds. Within a group, settings differ
+in the target network alone (and in LayerNorm, where the name says so).
 """
 
-from dataclasses import dataclass
 
 import figures
 import numpy as np
@@ -80,74 +78,61 @@ def prepare(run):
     dqn.Agent, dqn.Log, dqn.LOG_FREQUENCY = Agent, Log, 5_000
 
 
-@dataclass
-class Options(sweep.Options):
-    """What to run."""
-
-    env_ids: tuple[str, ...] = tuple(STEPS)  # environments
-
-
 def runs(options):
     """List all runs, seed by seed, so that what is there early can be compared."""
-    return [Run(env_id, name, seed, PLAIN | dict(total_timesteps=STEPS[env_id]) | changes
-                | (sweep.TRIAL if options.trial else {}))
+    return [Run(env_id, name, seed, PLAIN | dict(total_timesteps=STEPS[env_id]) | changes)
             for seed in options.seeds for env_id in options.env_ids
             for name, changes in (SETTINGS | (HARSH_SETTINGS if env_id == "CartPole-v1" else {})).items()]
 
 
 # Title -> tag, and how a run's values become one
 SHOWN = {
-    "return": (sweep.FINAL, np.max),
-    "target movement": ("target/path", np.mean),
-    "largest |Q|": ("q/largest", np.max),
-    "best": (sweep.CURVE, np.max),
+    "return": (sweep.FINAL, "max"),
+    "target movement": ("target/path", "mean"),
+    "largest |Q|": ("q/largest", "max"),
+    "best": (sweep.CURVE, "max"),
 }
 
 
-def report(rows, options):
-    """Print the table, draw the figure."""
+def main(options):
+    """Run what is missing, print the table, draw the figures."""
+    rows = sweep.sweep("target_network", runs(options), prepare, ("target/path", "q/largest"))
+
     def values(env_id, name, title):
         tag, reduce = SHOWN[title]
-        return np.array([reduce(list(each.values())) for each in sweep.table(rows, env_id, name, tag).values()])
+        return sweep.table(rows, env_id, name, tag).agg(reduce).to_numpy()
 
-    done = {row[:2] for row in rows}
+    done = set(zip(rows.env_id, rows.setting, strict=True))
     there = [(env_id, name) for env_id in options.env_ids for name in SETTINGS | HARSH_SETTINGS
              if (env_id, name) in done]
-    print("| environment | target network | final return: IQM (95% interval) | lowest to highest seed | solved | "
-          "solved, then lost | TD targets move by | largest abs(Q): median (highest) | beyond any return |\n"
-          "|-|-|-|-|-|-|-|-|-|")
+    sweep.head("environment", "target network", "commit", "final return: IQM (95% interval)", "lowest to highest",
+               "solved", "solved, then lost", "TD targets move by", "largest abs(Q): median (highest)",
+               "beyond any return")
     for env_id, name in there:
         final, path, largest, best = (values(env_id, name, title) for title in SHOWN)
         low, high = sweep.interval(final)
         solved = final >= SOLVED[env_id]
-        print(f"| {env_id} | {name} | {sweep.iqm(final):.1f} ({low:.1f} to {high:.1f}) | {final.min():.1f} to "
-              f"{final.max():.1f} | {solved.sum()} of {len(final)} | {(~solved & (best >= SOLVED[env_id])).sum()} | "
-              f"{np.median(path):.3g} | {np.median(largest):,.0f} ({largest.max():,.0f}) | "
-              f"{(largest > BOUND[env_id]).sum()} of {len(final)} |")
+        lost = ~solved & (best >= SOLVED[env_id])
+        sweep.line(env_id, name, sweep.commits(rows, env_id, name), f"{sweep.iqm(final):.1f} ({low:.1f} to {high:.1f})",
+                   f"{final.min():.1f} to {final.max():.1f}", f"{solved.sum()} of {len(final)}", lost.sum(),
+                   f"{np.median(path):.3g}", f"{np.median(largest):,.0f} ({largest.max():,.0f})",
+                   f"{(largest > BOUND[env_id]).sum()} of {len(final)}")
     titles = list(SHOWN)[:3]
-    panels = [(env_id, title) for env_id in options.env_ids for title in titles]
-    path = options.results / "target_network.svg"
-    with figures.panels(path, ["\n".join(panel) for panel in panels], 3, 3.6) as places:
-        for axes, (env_id, title) in zip(places, panels, strict=True):
-            names = [name for each, name in there if each == env_id]
-            for place, name in enumerate(names):
-                dots = values(env_id, name, title)
-                axes.plot(dots, [place] * len(dots), "o", color="C0", alpha=0.4, markersize=3, label="one seed")
-                axes.plot(sweep.iqm(dots), place, "|", color="C3", markersize=12, label="interquartile mean")
-            if title != titles[0]:
+    for env_id in options.env_ids:
+        names = [name for each, name in there if each == env_id]
+        with figures.panels(f"target_network_{env_id}", titles, 3, 3.6) as places:
+            for axes, title in zip(places, titles, strict=True):
+                for place, name in enumerate(names):
+                    dots = values(env_id, name, title)
+                    axes.plot(dots, [place] * len(dots), "o", color="C0", alpha=0.4, markersize=3, label="one seed")
+                    axes.plot(sweep.iqm(dots), place, "|", color="C3", markersize=12, label="interquartile mean")
+                axes.set_yticks(range(len(names)), names if title == titles[0] else [""] * len(names))
+                axes.invert_yaxis()
+            for axes in places[1:]:
                 axes.set_xscale("log")
-            if title == titles[2]:
-                axes.set_xlim(10, 1e6)
-                axes.axvline(BOUND[env_id], color="gray", linestyle=":", label="largest possible return")
-            axes.set_yticks(range(len(names)), names if title == titles[0] else [""] * len(names))
-            axes.invert_yaxis()
-
-
-def main(options):
-    """Run what is missing, then report."""
-    rows = sweep.sweep(options.results / "target_network.csv", runs(options), prepare, ("target/path", "q/largest"))
-    report(rows, options)
+            places[2].set_xlim(10, 1e6)
+            places[2].axvline(BOUND[env_id], color="gray", linestyle=":", label="largest possible return")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(sweep.Options, default=sweep.Options(tuple(STEPS))))
