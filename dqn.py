@@ -27,6 +27,23 @@ Pardo et al. 2018, "Time limits in reinforcement learning" (truncation is not te
 Young & Tian 2019, "MinAtar" (a network for small images)
 """
 
+# `uv run dqn.py` installs these; the same as in requirements.txt.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "filelock==4.3.1",
+#     "gymnasium[atari,box2d,classic-control,toy-text]==1.4.0",
+#     "moviepy==2.2.1",
+#     "numpy==2.4.6",
+#     "opencv-python-headless==5.0.0.93",
+#     "psutil==7.2.2",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.17",
+# ]
+# ///
+
 import atexit
 import contextlib
 import copy
@@ -100,7 +117,7 @@ class Args:
     layer_norm: bool = True  # normalise before each activation
 
     # learning
-    learning_rate: float = 1e-3  # step size of Adam
+    learning_rate: float = 1e-3  # step size of the optimiser
     anneal_lr: bool = True  # the learning rate falls linearly to zero
     buffer_size: int = 100_000  # transitions in the replay buffer
     learning_starts: int = 2_000  # steps before the first gradient step
@@ -359,7 +376,7 @@ class ReplayBuffer:
         dtypes = {np.uint8: torch.uint8, np.bool_: torch.bool}
         dtype = dtypes.get(space.dtype.type, torch.float32)
         frame_bytes = math.prod(frame_shape) * dtype.itemsize
-        check_memory(args, math.prod(columns) * (frame_bytes + 18), device)  # 18: the other arrays
+        check_memory(args, math.prod(columns) * (frame_bytes + 18), device)  # 18: the arrays below
 
         # Frames are on the device that trains; the rest is NumPy's, which is faster at indexing.
         # The last row of frames stays blank, for stacks at the beginning of an episode.

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import dqn
+from conftest import SHORT, finish, flags, start
 
 sys.path.insert(0, str(Path(__file__).with_name("benchmarks")))
 
+import changes
 import learning
 import optimality
 import resume
@@ -302,3 +304,11 @@ def test_whole_processes_are_compared_with_what_they_reached(monkeypatch, capsys
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:4] == [f"| {seed} | 10.0 s | 499.0 | 30.0 s | 480.2 | 0.33 |" for seed in (1, 2)]
     assert lines[4] == "| median | 10.0 s |  | 30.0 s |  | 0.33 |"
+
+
+@pytest.mark.parametrize("name", changes.NAMES)
+def test_each_change_of_the_readme_applies_and_runs(name, in_tmp):
+    script = changes.changed(name, in_tmp)
+    assert script.read_text() != Path(dqn.__file__).read_text()
+    process = finish(start(*flags(**SHORT), cwd=in_tmp, script=script))
+    assert "at the end: return" in process.out

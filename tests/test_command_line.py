@@ -2,13 +2,14 @@
 
 import math
 import re
+import tomllib
 from dataclasses import fields
 
 import gymnasium as gym
 import pytest
 
 import dqn
-from conftest import SHORT, scalars, the_run
+from conftest import SCRIPT, SHORT, scalars, the_run
 from dqn import TUNED, Args, UsageError, parse_args, validate
 
 CLEANRL = """--exp-name mine --seed 3 --no-torch-deterministic --no-cuda --track --wandb-project-name p --wandb-entity e
@@ -26,6 +27,14 @@ def test_a_cleanrl_command_line_means_the_same():
         learning_rate=1e-4, num_envs=2, buffer_size=900, gamma=0.9, tau=0.5, target_network_frequency=50, batch_size=16,
         start_e=0.9, end_e=0.1, exploration_fraction=0.3, learning_starts=100, train_frequency=5))
     assert len([word for word in words if word.startswith("--")]) == 23, "all but the two for Hugging Face"
+
+
+def test_uv_installs_what_requirements_txt_names():
+    """The block is read as its specification says: lines of comment between two marks, TOML without the signs."""
+    (block,) = re.findall(r"^# /// script\n((?:#(?: .*)?\n)+)# ///$", SCRIPT.read_text(), re.MULTILINE)
+    settings = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+    assert settings["dependencies"] == SCRIPT.with_name("requirements.txt").read_text().split()
+    assert settings["requires-python"] == ">=3.11"
 
 
 def test_what_is_given_wins_then_tuned_then_the_plain_default():

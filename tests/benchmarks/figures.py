@@ -34,7 +34,7 @@ def panels(name, titles, columns=2, height=2.5, **settings):
     plt.close(drawing)
 
 
-def gif(video, path, width=300, fps=12.5, colours=32):
+def gif(video, path, width=400, fps=25, colours=64):
     """Write a video as a GIF that is small enough for a page."""
     from moviepy import VideoFileClip
     from PIL import Image
