@@ -926,6 +926,7 @@ def load_checkpoint(run_dir, state):
     if not whole:
         return 0, -math.inf
     saved = read(run_dir / f"checkpoint-{max(whole)}-{RANK}-of-{WORLD_SIZE}.pt")
+    saved["optimizer"] = copy.deepcopy(saved["optimizer"])  # it keeps what it is given: the file
     for name, part in state.items():
         part.load_state_dict(saved[name])
     return saved["global_step"], saved["best_return"]
@@ -1018,7 +1019,7 @@ def check_numbers(args, name, space):
 
 
 def check_memory(args, needed, device):
-    """Raise UsageError if the replay buffer will not fit; main memory is taken only as it fills."""
+    """Raise UsageError if the replay buffer will not fit."""
     free = psutil.virtual_memory().available / LOCAL_WORLD_SIZE
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -98,6 +98,17 @@ def test_a_checkpoint_holds_networks_optimizer_buffer_step_and_best_return(in_tm
         vars(Args(**SHORT | dict(num_envs=2)))))
 
 
+def test_a_resumed_run_lets_go_of_the_file_that_it_goes_on_from(in_tmp, monkeypatch):
+    """Else the disk would keep a checkpoint that is deleted, and memory what was read."""
+    run_dir = train()
+    held = []
+    monkeypatch.setattr(dqn, "check_finite", lambda *_, **__: held.append(
+        "checkpoint-1200" in Path("/proc/self/maps").read_text()))
+    train(total_timesteps=1400, resume=str(run_dir))
+    assert held
+    assert not any(held)
+
+
 def test_the_newest_checkpoint_of_which_all_parts_are_there_is_the_one_in_force(in_tmp, monkeypatch):
     run_dir = train()
     whole = run_dir / "checkpoint-1200-0-of-1.pt"
