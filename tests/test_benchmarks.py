@@ -1,5 +1,6 @@
 """The benchmarks in tests/benchmarks/: statistics, value iteration, sweeps, and tiny runs of every script's table."""
 
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -312,3 +313,18 @@ def test_each_change_of_the_readme_applies_and_runs(name, in_tmp):
     assert script.read_text() != Path(dqn.__file__).read_text()
     process = finish(start(*flags(**SHORT), cwd=in_tmp, script=script))
     assert "at the end: return" in process.out
+
+
+@pytest.mark.parametrize("page", ["README.md", "tests/benchmarks/README.md"])
+def test_every_picture_and_link_of_a_page_leads_somewhere(page):
+    path = Path(dqn.__file__).parent / page
+    links = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', path.read_text())
+    links = [one or other for one, other in links if not (one or other).startswith("http")]
+    assert len(links) > 3
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link

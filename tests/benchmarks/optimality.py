@@ -236,7 +236,7 @@ def main(options):
                         ylabel="largest error of Q / largest |Q*|") as places:
         for number, period in enumerate(W_PERIODS):
             places[-1].plot(w_to_2w(period), color=f"C{number + 3}", linewidth=1)
-            places[-1].text((30, 400, 1300, 1500)[number], (1e10, 1e7, 1e5, 12)[number], f"every {period}")
+            places[-1].text((320, 530, 1150, 1300)[number], (1e10, 1e8, 1e6, 60)[number], f"every {period}")
         places[-1].set(yscale="log", ylim=(0.5, 1e12), xlabel="updates", ylabel="error, |w|")
         for axes, env_id in zip(places, options.env_ids, strict=False):
             for sync in STAIR_SYNCS:
