@@ -926,7 +926,7 @@ def load_checkpoint(run_dir, state):
     if not whole:
         return 0, -math.inf
     saved = read(run_dir / f"checkpoint-{max(whole)}-{RANK}-of-{WORLD_SIZE}.pt")
-    saved["optimizer"] = copy.deepcopy(saved["optimizer"])  # it keeps what it is given: the file
+    saved["optimizer"] = copy.deepcopy(saved["optimizer"])  # or it would keep the file mapped
     for name, part in state.items():
         part.load_state_dict(saved[name])
     return saved["global_step"], saved["best_return"]

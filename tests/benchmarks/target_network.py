@@ -8,7 +8,6 @@ step, how large |Q| becomes, and what it is good for. "Solved, then lost" counts
 in the target network alone (and in LayerNorm, where the name says so).
 """
 
-
 import figures
 import numpy as np
 import sweep
