@@ -112,6 +112,7 @@ class Args:
     tuned: bool = True  # begin with TUNED; flags that are given still win
 
     # the network
+    convolutions: tuple[tuple[int, int, int], ...] = ()  # for images; empty: by their size
     hidden_sizes: tuple[int, ...] = (120, 84)  # units of the hidden layers; may be empty
     dueling: bool = False  # the last layer gives a state value and advantages
     layer_norm: bool = True  # normalise before each activation
@@ -180,13 +181,14 @@ TUNED: dict[str, dict] = {
     ),
     "CarRacing-v3": dict(env_kwargs={"continuous": False}, frame_stack=4),  # not tuned
     "ALE/": dict(
-        total_timesteps=10_000_000, num_envs=32, frame_stack=4, clip_rewards=True,
-        hidden_sizes=(512,), layer_norm=False, learning_rate=1e-4, anneal_lr=False,
-        buffer_size=1_000_000, learning_starts=50_000, train_frequency=16, n_step=3,
-        target_network_frequency=8_000, loss="huber", max_grad_norm=10.0,
-        exploration_fraction=0.1, end_e=0.01, eval_frequency=250_000, eval_episodes=16,
-        eval_max_steps=27_000, checkpoint_frequency=1_000_000,
+        total_timesteps=1_000_000, num_envs=8, frame_stack=4, clip_rewards=True,
+        convolutions=((16, 8, 4), (32, 4, 2)), hidden_sizes=(256,),  # of Mnih et al. 2013
+        learning_rate=3e-4, learning_starts=5_000, batch_size=32, train_frequency=4, n_step=5,
+        double_q=False, target_network_frequency=1_000, loss="huber", max_grad_norm=10.0,
+        exploration_fraction=0.05, end_e=0.01, eval_frequency=50_000, eval_episodes=10,
+        eval_max_steps=27_000, checkpoint_frequency=100_000,
     ),
+    "ALE/Pong-v5": dict(total_timesteps=400_000),
 }
 
 
@@ -262,7 +264,7 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
 
 # ----------------------------------------------------------------------------------------- network
 
-# Convolutions: channels, kernel, stride.
+# Convolutions: channels, kernel, stride of each layer.
 MNIH = (32, 8, 4), (64, 4, 2), (64, 3, 1)
 YOUNG = ((16, 3, 1),)  # for images below 36 x 36
 
@@ -302,7 +304,8 @@ class QNetwork(nn.Module):
 
         layers = []
         if self.is_image:
-            for channels, kernel, stride in MNIH if min(sides) >= 36 else YOUNG:
+            by_size = MNIH if min(sides) >= 36 else YOUNG
+            for channels, kernel, stride in args.convolutions or by_size:
                 layers += [nn.LazyConv2d(channels, kernel, stride)]
                 layers += [nn.GroupNorm(1, channels)] if args.layer_norm else []
                 layers += [nn.ReLU()]
@@ -314,7 +317,10 @@ class QNetwork(nn.Module):
         num_actions = int(envs.single_action_space.n)
         layers += [nn.LazyLinear(num_actions + 1 if args.dueling else num_actions)]
         self.layers = nn.Sequential(*layers)
-        self(torch.zeros(1, *space.shape))  # lazy layers take their input sizes from a first pass
+        try:
+            self(torch.zeros(1, *space.shape))  # lazy layers take input sizes from a first pass
+        except RuntimeError as error:
+            raise UsageError(f"{flag(args, 'convolutions')}: {error}; try smaller ones") from error
 
     def forward(self, observations):
         """Compute the action values (B, actions)."""
@@ -936,7 +942,9 @@ def load_args(run_dir):
     """Read the settings of a run."""
     try:
         saved = json.loads(Path(run_dir, "args.json").read_text())
-        return Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"])})
+        convolutions = tuple(tuple(layer) for layer in saved["convolutions"])
+        hidden_sizes = tuple(saved["hidden_sizes"])
+        return Args(**saved | {"convolutions": convolutions, "hidden_sizes": hidden_sizes})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{run_dir} is not the folder of a run of this dqn.py: {error}") from error
 
@@ -1052,7 +1060,8 @@ LIMITS = (
     ("above 0 and at most 1", lambda value: 0 < value <= 1, ("tau",)),
     ("above 0", lambda value: value > 0, ("max_grad_norm",)),
     ("above 0 and finite", lambda value: 0 < value < math.inf, ("learning_rate",)),
-    ("all at least 1", lambda values: all(value >= 1 for value in values), ("hidden_sizes",)),
+    ("all at least 1", lambda values: np.min(values, initial=1) >= 1, (
+        "convolutions", "hidden_sizes")),
 )
 
 # What may differ when a run goes on; anything else would make it another experiment.
@@ -1103,7 +1112,7 @@ def saved_args(args):
 def tuned_settings(env_id):
     """Look an environment up in TUNED."""
     name = env_id.split(":")[-1]
-    return TUNED.get(name) or TUNED.get(name.split("/")[0] + "/") or {}
+    return TUNED.get(name.split("/")[0] + "/", {}) | TUNED.get(name, {})
 
 
 def parse_args(argv=None):

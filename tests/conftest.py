@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -39,7 +40,7 @@ def flags(**settings):
         if isinstance(value, bool):
             words += [f"--{flag}" if value else f"--no-{flag}"]
         else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+            words += [f"--{flag}", *map(str, np.ravel(value) if isinstance(value, tuple) else [value])]
     return words
 
 

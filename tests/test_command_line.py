@@ -43,29 +43,32 @@ def test_what_is_given_wins_then_tuned_then_the_plain_default():
     assert parse_args(["--num-envs", "3"]) == Args(**TUNED["CartPole-v1"] | dict(num_envs=3))
     for env_id in ("ALE/Breakout-v5", "ale_py:ALE/Breakout-v5"):
         assert parse_args(["--env-id", env_id]) == Args(env_id=env_id, **TUNED["ALE/"])
+    pong = TUNED["ALE/"] | TUNED["ALE/Pong-v5"]  # a game's own settings come after those of all games
+    assert parse_args(["--env-id", "ALE/Pong-v5"]) == Args(env_id="ALE/Pong-v5", **pong) != Args(
+        env_id="ALE/Pong-v5", **TUNED["ALE/"])
     assert parse_args(["--env-id", "environments:Walk-v0"]) == Args(env_id="environments:Walk-v0")
     assert parse_args("--hidden-sizes --no-tuned".split()).hidden_sizes == ()
+    assert parse_args("--convolutions 16 8 4 32 4 2".split()).convolutions == ((16, 8, 4), (32, 4, 2))
 
 
 @pytest.mark.parametrize("name", TUNED)
 def test_what_tuned_holds_are_settings_that_pass(name):
-    env_id = "ALE/Pong-v5" if name == "ALE/" else name
-    validate(parse_args(["--env-id", env_id]))
-    if name != "ALE/":
-        gym.spec(env_id)
+    validate(parse_args(["--env-id", f"{name}Breakout-v5" if name.endswith("/") else name]))
+    if "/" not in name:  # the others are registered by packages of their own
+        gym.spec(name)
 
 
 def test_the_plain_defaults():
     """As published; whoever changes one makes all plain results another experiment's."""
     assert {field.name: field.default for field in fields(Args) if field.name not in ("env_kwargs", "env_id")} == dict(
         num_envs=1, async_envs=False, frame_stack=1, clip_rewards=False, total_timesteps=500_000, seed=1, tuned=True,
-        hidden_sizes=(120, 84), dueling=False, layer_norm=True, learning_rate=1e-3, anneal_lr=True, buffer_size=100_000,
-        learning_starts=2_000, batch_size=128, train_frequency=10, gamma=0.99, n_step=1, double_q=True,
-        target_network_frequency=500, tau=1.0, loss="mse", max_grad_norm=math.inf, start_e=1.0, end_e=0.05,
-        exploration_fraction=0.2, eval_frequency=25_000, eval_episodes=20, eval_max_steps=10_000, stop_return=math.inf,
-        checkpoint_frequency=50_000, save_model=True, capture_video=False, exp_name="dqn", track=False,
-        wandb_project_name="dqn", wandb_entity=None, cuda=True, compile=False, torch_deterministic=True, resume=None,
-        evaluate=None)
+        convolutions=(), hidden_sizes=(120, 84), dueling=False, layer_norm=True, learning_rate=1e-3, anneal_lr=True,
+        buffer_size=100_000, learning_starts=2_000, batch_size=128, train_frequency=10, gamma=0.99, n_step=1,
+        double_q=True, target_network_frequency=500, tau=1.0, loss="mse", max_grad_norm=math.inf, start_e=1.0,
+        end_e=0.05, exploration_fraction=0.2, eval_frequency=25_000, eval_episodes=20, eval_max_steps=10_000,
+        stop_return=math.inf, checkpoint_frequency=50_000, save_model=True, capture_video=False, exp_name="dqn",
+        track=False, wandb_project_name="dqn", wandb_entity=None, cuda=True, compile=False, torch_deterministic=True,
+        resume=None, evaluate=None)
 
 
 @pytest.mark.parametrize(("names", "values", "right"), [
@@ -77,6 +80,7 @@ def test_the_plain_defaults():
     ("max_grad_norm", (0, -1, math.nan), "above 0"),
     ("seed learning_starts eval_frequency checkpoint_frequency", (-1,), "0 or more"),
     ("hidden_sizes", ((0,), (8, -1)), "all at least 1"),
+    ("convolutions", (((16, 8, 0),), ((16, 8, 4), (-1, 4, 2))), "all at least 1"),
 ])
 def test_a_value_out_of_range_is_refused_by_name(names, values, right):
     for name in names.split():
@@ -121,6 +125,7 @@ BAD_INPUT = {
     "--env-id environments:Mission-v0": r"--env-id .*: observation\['task'\]\['mission'\] is not numeric, .*",
     "--env-kwargs wind 3": r"--env-kwargs {'wind': 3}: .*unexpected keyword argument 'wind'",
     "--tau 0": "--tau 0.0: must be above 0 and at most 1",
+    "--env-id ALE/Pong-v5 --convolutions 16 8 4 32 21 1": r"--convolutions \(.*\): .*Kernel size: \(21 x 21\).*",
     "--buffer-size 100000000000": r"--buffer-size 100000000000: takes [\d,.]+ GiB of memory, [\d.]+ GiB are free; .*",
     "--env-id environments:Walk-v0 --capture-video": "--capture-video True: .*; leave it out",
     "--env-id environments:Unpainted-v0 --capture-video": "--capture-video True: .*a_painter_nobody_has.*",

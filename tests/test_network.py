@@ -131,14 +131,27 @@ IMAGES = {
 }
 
 
+def convolutions_of(network):
+    """The convolutions (channels, kernel, stride), and how many numbers they give."""
+    layers = [layer for layer in network.layers if isinstance(layer, nn.Conv2d)]
+    linear = next(layer for layer in network.layers if isinstance(layer, nn.Linear))
+    return [(layer.out_channels, *set(layer.kernel_size), *set(layer.stride)) for layer in layers], linear.in_features
+
+
 @pytest.mark.parametrize("kind", IMAGES)
 def test_images_get_the_convolutions_for_their_size_and_all_else_none(kind):
     space, frame_stack, convolutions, features = IMAGES[kind]
     network = make_network(space, frame_stack=frame_stack)
-    layers = [layer for layer in network.layers if isinstance(layer, nn.Conv2d)]
-    assert [(layer.out_channels, *set(layer.kernel_size), *set(layer.stride)) for layer in layers] == convolutions
+    assert convolutions_of(network) == (convolutions, features)
     assert network.is_image == bool(convolutions)
-    assert next(layer for layer in network.layers if isinstance(layer, nn.Linear)).in_features == features
+
+
+def test_convolutions_that_are_given_take_the_place_of_those_by_size():
+    given = [(16, 8, 4), (32, 4, 2)]  # Mnih et al. 2013
+    network = make_network(pixels(4, 84, 84), convolutions=given, frame_stack=4)
+    assert convolutions_of(network) == (given, 32 * 9 * 9)
+    assert convolutions_of(make_network(pixels(10, 10), convolutions=[(6, 2, 2)])) == ([(6, 2, 2)], 150)
+    assert convolutions_of(make_network(box(84, 84), convolutions=given)) == ([], 7056), "numbers are no image"
 
 
 @pytest.mark.parametrize("frame_stack", [1, 2])

@@ -2,7 +2,8 @@
 
 Called so:
 
-    python tests/benchmarks/figures.py runs/NAME/videos/best/rl-video-episode-0.mp4 agent.gif
+    python tests/benchmarks/figures.py runs/NAME/videos/best/rl-video-episode-0.mp4 agent.gif      # or its last 20
+    python tests/benchmarks/figures.py runs/NAME/videos/best/rl-video-episode-0.mp4 agent.gif 20   # seconds
 """
 
 import contextlib
@@ -34,13 +35,15 @@ def panels(name, titles, columns=2, height=2.5, **settings):
     plt.close(drawing)
 
 
-def gif(video, path, width=400, fps=25, colours=64):
-    """Write a video as a GIF that is small enough for a page."""
+def gif(video, path, seconds=math.inf, width=400, fps=25, colours=64):
+    """Write the last seconds of a video as a GIF that is small enough for a page."""
     from moviepy import VideoFileClip
     from PIL import Image
 
     with VideoFileClip(video) as clip:
-        frames = [Image.fromarray(frame) for frame in clip.iter_frames(fps=fps)]
+        end = clip.subclipped(max(clip.duration - float(seconds), 0))
+        frames = [Image.fromarray(frame) for frame in end.iter_frames(fps=fps)]
+    width = min(int(width), frames[0].width)
     height = width * frames[0].height // frames[0].width
     frames = [frame.resize((width, height)) for frame in frames]
     palette = frames[len(frames) // 2].quantize(colours)  # one for all, so that what stands still costs nothing

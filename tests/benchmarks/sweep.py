@@ -107,14 +107,14 @@ def read(path):
     return pd.read_csv(path, dtype={"commit": str}) if path.exists() else pd.DataFrame(columns=COLUMNS)
 
 
-def sweep(name, runs, prepare=None, tags=(), do=do):
-    """Do the runs that are not in a CSV yet, one process a core, one thread each; return the rows of all."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+def sweep(name, runs, prepare=None, tags=(), do=do, threads=1):
+    """Do the runs that are not in a CSV yet, as many at a time as there are cores for; return the rows of all."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     path = RESULTS / f"{name}.csv"
     wanted = {run[:3]: run for run in runs}  # by environment, setting and seed
     rows = read(path)
     done = set(zip(rows.env_id, rows.setting, rows.seed, strict=True))
-    with ProcessPoolExecutor(os.cpu_count(), max_tasks_per_child=1) as executor:
+    with ProcessPoolExecutor(os.cpu_count() // threads, max_tasks_per_child=1) as executor:
         tasks = [executor.submit(do, run, prepare, tags) for name, run in wanted.items() if name not in done]
         for number, task in enumerate(as_completed(tasks), 1):
             new = task.result()
