@@ -18,6 +18,7 @@ CartPole-v1. Plain DQN is --no-tuned --no-double-q --no-layer-norm --no-anneal-l
 Settings come first, then what learns (environments, network, replay buffer, agent), then the loop,
 `train`. All that follows serves the loop: log, evaluation, files, processes, the command line.
 
+Mnih et al. 2013, "Playing Atari with deep reinforcement learning" (a smaller network)
 Mnih et al. 2015, "Human-level control through deep reinforcement learning" (DQN)
 van Hasselt et al. 2016, "Deep reinforcement learning with double Q-learning"
 Wang et al. 2016, "Dueling network architectures for deep reinforcement learning"
@@ -112,7 +113,7 @@ class Args:
     tuned: bool = True  # begin with TUNED; flags that are given still win
 
     # the network
-    convolutions: tuple[tuple[int, int, int], ...] = ()  # for images; empty: by their size
+    convolutions: tuple[tuple[int, int, int], ...] = ()  # channels, kernel, stride; empty: by size
     hidden_sizes: tuple[int, ...] = (120, 84)  # units of the hidden layers; may be empty
     dueling: bool = False  # the last layer gives a state value and advantages
     layer_norm: bool = True  # normalise before each activation

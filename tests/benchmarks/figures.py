@@ -43,7 +43,7 @@ def gif(video, path, seconds=math.inf, width=400, fps=25, colours=64):
     with VideoFileClip(video) as clip:
         end = clip.subclipped(max(clip.duration - float(seconds), 0))
         frames = [Image.fromarray(frame) for frame in end.iter_frames(fps=fps)]
-    width = min(int(width), frames[0].width)
+    width = min(width, frames[0].width)
     height = width * frames[0].height // frames[0].width
     frames = [frame.resize((width, height)) for frame in frames]
     palette = frames[len(frames) // 2].quantize(colours)  # one for all, so that what stands still costs nothing
