@@ -18,7 +18,6 @@ CartPole-v1. Plain DQN is --no-tuned --no-double-q --no-layer-norm --no-anneal-l
 Settings come first, then what learns (environments, network, replay buffer, agent), then the loop,
 `train`. All that follows serves the loop: log, evaluation, files, processes, the command line.
 
-Mnih et al. 2013, "Playing Atari with deep reinforcement learning" (a smaller network)
 Mnih et al. 2015, "Human-level control through deep reinforcement learning" (DQN)
 van Hasselt et al. 2016, "Deep reinforcement learning with double Q-learning"
 Wang et al. 2016, "Dueling network architectures for deep reinforcement learning"
@@ -107,6 +106,7 @@ class Args:
     num_envs: int = 1  # environments stepped side by side
     async_envs: bool = False  # each environment in a process of its own, for slow ones
     frame_stack: int = 1  # newest frames that make up an observation
+    screen_size: int = 84  # Atari's frames are scaled to this height and width
     clip_rewards: bool = False  # learn from rewards clipped to [-1, 1]; logged ones are not clipped
     total_timesteps: int = 500_000  # length of the run
     seed: int = 1  # of all random numbers
@@ -181,15 +181,21 @@ TUNED: dict[str, dict] = {
         buffer_size=50_000, train_frequency=4, n_step=3, exploration_fraction=0.15, end_e=0.01,
     ),
     "CarRacing-v3": dict(env_kwargs={"continuous": False}, frame_stack=4),  # not tuned
-    "ALE/": dict(
-        total_timesteps=1_000_000, num_envs=8, frame_stack=4, clip_rewards=True,
-        convolutions=((16, 8, 4), (32, 4, 2)), hidden_sizes=(256,),  # of Mnih et al. 2013
-        learning_rate=3e-4, learning_starts=5_000, batch_size=32, train_frequency=4, n_step=5,
-        double_q=False, target_network_frequency=1_000, loss="huber", max_grad_norm=10.0,
-        exploration_fraction=0.05, end_e=0.01, eval_frequency=50_000, eval_episodes=10,
-        eval_max_steps=27_000, checkpoint_frequency=100_000,
+    "MinAtar/": dict(
+        total_timesteps=1_000_000, num_envs=8, hidden_sizes=(128,), learning_rate=3e-4,
+        learning_starts=5_000, batch_size=32, train_frequency=4, n_step=3,
+        target_network_frequency=1_000, loss="huber", max_grad_norm=10.0, end_e=0.01,
+        eval_frequency=100_000, eval_max_steps=5_000,
     ),
-    "ALE/Pong-v5": dict(total_timesteps=400_000),
+    "ALE/": dict(  # without a GPU: small frames, a small network, many steps for a gradient step
+        total_timesteps=2_000_000, num_envs=8, frame_stack=4, screen_size=42, clip_rewards=True,
+        convolutions=((16, 4, 2), (32, 4, 2)), hidden_sizes=(256,), dueling=True,
+        learning_rate=3e-4, learning_starts=5_000, batch_size=32, train_frequency=8, n_step=5,
+        double_q=False, target_network_frequency=1_000, loss="huber", max_grad_norm=10.0,
+        exploration_fraction=0.05, eval_frequency=100_000, eval_episodes=10, eval_max_steps=27_000,
+        checkpoint_frequency=100_000,
+    ),
+    "ALE/Pong-v5": dict(total_timesteps=1_500_000),
 }
 
 
@@ -212,7 +218,7 @@ def wrap(env, args, video_folder, main_pid):
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
     if "ALE/" in args.env_id:
-        env = gym.wrappers.AtariPreprocessing(env)
+        env = gym.wrappers.AtariPreprocessing(env, screen_size=args.screen_size)
     if not isinstance(env.observation_space, gym.spaces.Box):
         check_numbers(args, "observation", env.observation_space)
         env = gym.wrappers.FlattenObservation(env)
@@ -236,7 +242,10 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
     if own_vector:  # built in and faster (CartPole's from five environments on)
         options = dict(vectorization_mode="vector_entry_point")
         if is_atari:  # scales, turns gray, skips and stacks frames as `wrap` does
-            options |= dict(stack_num=args.frame_stack, reward_clipping=False, use_fire_reset=False)
+            size = dict(img_height=args.screen_size, img_width=args.screen_size)
+            options |= size | dict(
+                stack_num=args.frame_stack, reward_clipping=False, use_fire_reset=False
+            )
     else:
         options = dict(
             vectorization_mode="async" if async_envs else "sync",
@@ -1052,8 +1061,8 @@ def check_video(args):
 
 LIMITS = (
     ("at least 1", lambda value: value >= 1, (
-        "num_envs", "frame_stack", "total_timesteps", "buffer_size", "batch_size", "n_step",
-        "train_frequency", "target_network_frequency", "eval_episodes", "eval_max_steps")),
+        "num_envs", "frame_stack", "screen_size", "batch_size", "train_frequency", "n_step",
+        "target_network_frequency", "eval_episodes", "eval_max_steps")),
     ("0 or more", lambda value: value >= 0, (
         "seed", "learning_starts", "eval_frequency", "checkpoint_frequency")),
     ("between 0 and 1", lambda value: 0 <= value <= 1, (

@@ -1,4 +1,4 @@
-"""What Atari's default command and MinAtar's games learn from pixels: one tidy CSV, a table and learning curves.
+"""What the default commands of Atari's and MinAtar's games learn: one tidy CSV, a table and learning curves.
 
     python tests/benchmarks/pixels.py                                       # Pong, three seeds, one after another
     python tests/benchmarks/pixels.py --env-ids MinAtar/Breakout-v1 MinAtar/Freeway-v1 --threads 1
@@ -12,12 +12,6 @@ from dataclasses import dataclass
 import sweep
 import tyro
 from learning import draw_curves, table
-
-MINATAR = dict(  # one setting for all its games, not tuned
-    tuned=False, total_timesteps=1_000_000, hidden_sizes=(128,), layer_norm=False, learning_rate=2.5e-4,
-    anneal_lr=False, learning_starts=5_000, batch_size=32, train_frequency=4, n_step=3, target_network_frequency=1_000,
-    loss="huber", max_grad_norm=10.0, end_e=0.01, eval_frequency=50_000, eval_max_steps=5_000, checkpoint_frequency=0,
-)
 
 
 @dataclass
@@ -39,8 +33,7 @@ def prepare(run):
 
 def main(options):
     """Run what is missing, then report."""
-    runs = [sweep.Run(env_id, "pixels", seed, MINATAR if env_id.startswith("MinAtar/") else {})
-            for env_id in options.env_ids for seed in options.seeds]
+    runs = [sweep.Run(env_id, "pixels", seed, {}) for env_id in options.env_ids for seed in options.seeds]
     rows = sweep.sweep("pixels", runs, prepare, threads=options.threads)
     table(rows, [(env_id, "pixels") for env_id in options.env_ids])
     draw_curves(options.name, rows, "pixels", options.env_ids, 3)
