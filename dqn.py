@@ -181,7 +181,7 @@ TUNED: dict[str, dict] = {
         buffer_size=50_000, train_frequency=4, n_step=3, exploration_fraction=0.15, end_e=0.01,
     ),
     "CarRacing-v3": dict(env_kwargs={"continuous": False}, frame_stack=4),  # not tuned
-    "MinAtar/": dict(
+    "MinAtar/": dict(  # not tuned
         total_timesteps=1_000_000, num_envs=8, hidden_sizes=(128,), learning_rate=3e-4,
         learning_starts=5_000, batch_size=32, train_frequency=4, n_step=3,
         target_network_frequency=1_000, loss="huber", max_grad_norm=10.0, end_e=0.01,
