@@ -18,6 +18,7 @@ CartPole-v1. Plain DQN is --no-tuned --no-double-q --no-layer-norm --no-anneal-l
 Settings come first, then what learns (environments, network, replay buffer, agent), then the loop,
 `train`. All that follows serves the loop: log, evaluation, files, processes, the command line.
 
+Mnih et al. 2013, "Playing Atari with deep reinforcement learning" (a smaller network)
 Mnih et al. 2015, "Human-level control through deep reinforcement learning" (DQN)
 van Hasselt et al. 2016, "Deep reinforcement learning with double Q-learning"
 Wang et al. 2016, "Dueling network architectures for deep reinforcement learning"
@@ -106,7 +107,6 @@ class Args:
     num_envs: int = 1  # environments stepped side by side
     async_envs: bool = False  # each environment in a process of its own, for slow ones
     frame_stack: int = 1  # newest frames that make up an observation
-    screen_size: int = 84  # Atari's frames are scaled to this height and width
     clip_rewards: bool = False  # learn from rewards clipped to [-1, 1]; logged ones are not clipped
     total_timesteps: int = 500_000  # length of the run
     seed: int = 1  # of all random numbers
@@ -187,9 +187,9 @@ TUNED: dict[str, dict] = {
         target_network_frequency=1_000, loss="huber", max_grad_norm=10.0, end_e=0.01,
         eval_frequency=100_000, eval_max_steps=5_000,
     ),
-    "ALE/": dict(  # without a GPU: small frames, a small network, many steps for a gradient step
-        total_timesteps=2_000_000, num_envs=8, frame_stack=4, screen_size=42, clip_rewards=True,
-        convolutions=((16, 4, 2), (32, 4, 2)), hidden_sizes=(256,), dueling=True,
+    "ALE/": dict(  # for two cores: the network of Mnih et al. 2013, few gradient steps
+        total_timesteps=2_000_000, num_envs=8, frame_stack=4, clip_rewards=True,
+        convolutions=((16, 8, 4), (32, 4, 2)), hidden_sizes=(256,), dueling=True,
         learning_rate=3e-4, learning_starts=5_000, batch_size=32, train_frequency=8, n_step=5,
         double_q=False, target_network_frequency=1_000, loss="huber", max_grad_norm=10.0,
         exploration_fraction=0.05, eval_frequency=100_000, eval_episodes=10, eval_max_steps=27_000,
@@ -218,7 +218,7 @@ def wrap(env, args, video_folder, main_pid):
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
     if "ALE/" in args.env_id:
-        env = gym.wrappers.AtariPreprocessing(env, screen_size=args.screen_size)
+        env = gym.wrappers.AtariPreprocessing(env)
     if not isinstance(env.observation_space, gym.spaces.Box):
         check_numbers(args, "observation", env.observation_space)
         env = gym.wrappers.FlattenObservation(env)
@@ -242,10 +242,7 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
     if own_vector:  # built in and faster (CartPole's from five environments on)
         options = dict(vectorization_mode="vector_entry_point")
         if is_atari:  # scales, turns gray, skips and stacks frames as `wrap` does
-            size = dict(img_height=args.screen_size, img_width=args.screen_size)
-            options |= size | dict(
-                stack_num=args.frame_stack, reward_clipping=False, use_fire_reset=False
-            )
+            options |= dict(stack_num=args.frame_stack, reward_clipping=False, use_fire_reset=False)
     else:
         options = dict(
             vectorization_mode="async" if async_envs else "sync",
@@ -1061,7 +1058,7 @@ def check_video(args):
 
 LIMITS = (
     ("at least 1", lambda value: value >= 1, (
-        "num_envs", "frame_stack", "screen_size", "batch_size", "train_frequency", "n_step",
+        "num_envs", "frame_stack", "batch_size", "train_frequency", "n_step",
         "target_network_frequency", "eval_episodes", "eval_max_steps")),
     ("0 or more", lambda value: value >= 0, (
         "seed", "learning_starts", "eval_frequency", "checkpoint_frequency")),

@@ -61,7 +61,7 @@ def test_what_tuned_holds_are_settings_that_pass(name):
 def test_the_plain_defaults():
     """As published; whoever changes one makes all plain results another experiment's."""
     assert {field.name: field.default for field in fields(Args) if field.name not in ("env_kwargs", "env_id")} == dict(
-        num_envs=1, async_envs=False, frame_stack=1, screen_size=84, clip_rewards=False, total_timesteps=500_000,
+        num_envs=1, async_envs=False, frame_stack=1, clip_rewards=False, total_timesteps=500_000,
         seed=1, tuned=True, convolutions=(), hidden_sizes=(120, 84), dueling=False, layer_norm=True, learning_rate=1e-3,
         anneal_lr=True, buffer_size=100_000, learning_starts=2_000, batch_size=128, train_frequency=10, gamma=0.99,
         n_step=1, double_q=True, target_network_frequency=500, tau=1.0, loss="mse", max_grad_norm=math.inf, start_e=1.0,
@@ -72,7 +72,7 @@ def test_the_plain_defaults():
 
 
 @pytest.mark.parametrize(("names", "values", "right"), [
-    ("num_envs frame_stack screen_size batch_size train_frequency n_step target_network_frequency eval_episodes "
+    ("num_envs frame_stack batch_size train_frequency n_step target_network_frequency eval_episodes "
      "eval_max_steps", (0, -1), "at least 1"),
     ("tau", (0, -0.1, 1.1, math.nan), "above 0 and at most 1"),
     ("gamma start_e end_e exploration_fraction", (-0.1, 1.1, math.nan), "between 0 and 1"),
