@@ -61,10 +61,10 @@ def test_what_tuned_holds_are_settings_that_pass(name):
 def test_the_plain_defaults():
     """As published; whoever changes one makes all plain results another experiment's."""
     assert {field.name: field.default for field in fields(Args) if field.name not in ("env_kwargs", "env_id")} == dict(
-        num_envs=1, async_envs=False, frame_stack=1, clip_rewards=False, total_timesteps=500_000,
-        seed=1, tuned=True, convolutions=(), hidden_sizes=(120, 84), dueling=False, layer_norm=True, learning_rate=1e-3,
-        anneal_lr=True, buffer_size=100_000, learning_starts=2_000, batch_size=128, train_frequency=10, gamma=0.99,
-        n_step=1, double_q=True, target_network_frequency=500, tau=1.0, loss="mse", max_grad_norm=math.inf, start_e=1.0,
+        num_envs=1, async_envs=False, frame_stack=1, clip_rewards=False, total_timesteps=500_000, seed=1, tuned=True,
+        convolutions=(), hidden_sizes=(120, 84), dueling=False, layer_norm=True, learning_rate=1e-3, anneal_lr=True,
+        buffer_size=100_000, learning_starts=2_000, batch_size=128, train_frequency=10, gamma=0.99, n_step=1,
+        double_q=True, target_network_frequency=500, tau=1.0, loss="mse", max_grad_norm=math.inf, start_e=1.0,
         end_e=0.05, exploration_fraction=0.2, eval_frequency=25_000, eval_episodes=20, eval_max_steps=10_000,
         stop_return=math.inf, checkpoint_frequency=50_000, save_model=True, capture_video=False, exp_name="dqn",
         track=False, wandb_project_name="dqn", wandb_entity=None, cuda=True, compile=False, torch_deterministic=True,

@@ -150,8 +150,8 @@ ALLOWED = dict(total_timesteps=1500, eval_frequency=400, eval_episodes=3, eval_m
                stop_return=1e9, cuda=False, compile=True, capture_video=True, track=True, wandb_project_name="p",
                wandb_entity="e", resume="it", evaluate="it")
 REFUSED = dict(env_id="Acrobot-v1", env_kwargs={"sutton_barto_reward": True}, num_envs=2, async_envs=True, tuned=True,
-               frame_stack=2, clip_rewards=True, seed=2, convolutions=((8, 3, 1),), hidden_sizes=(8,),
-               dueling=True, layer_norm=False, learning_rate=1.0, anneal_lr=False, buffer_size=700, learning_starts=300,
+               frame_stack=2, clip_rewards=True, seed=2, convolutions=((8, 3, 1),), hidden_sizes=(8,), dueling=True,
+               layer_norm=False, learning_rate=1.0, anneal_lr=False, buffer_size=700, learning_starts=300,
                batch_size=16, train_frequency=5, gamma=0.9, n_step=2, double_q=False, target_network_frequency=9,
                tau=0.5, loss="huber", max_grad_norm=1.0, start_e=0.9, end_e=0.1, exploration_fraction=0.1,
                checkpoint_frequency=100, exp_name="x", torch_deterministic=False)
