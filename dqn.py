@@ -18,7 +18,6 @@ CartPole-v1. Plain DQN is --no-tuned --no-double-q --no-layer-norm --no-anneal-l
 Settings come first, then what learns (environments, network, replay buffer, agent), then the loop,
 `train`. All that follows serves the loop: log, evaluation, files, processes, the command line.
 
-Mnih et al. 2013, "Playing Atari with deep reinforcement learning" (a smaller network)
 Mnih et al. 2015, "Human-level control through deep reinforcement learning" (DQN)
 van Hasselt et al. 2016, "Deep reinforcement learning with double Q-learning"
 Wang et al. 2016, "Dueling network architectures for deep reinforcement learning"
@@ -98,7 +97,7 @@ class TrainingError(RuntimeError):
 class Args:
     """All settings. On the command line, TUNED (below) replaces defaults where it has others.
 
-    Steps are those of all environments together: with eight, a pass of the loop is eight steps.
+    Frequencies, like the length of a run, count the steps of all environments together.
     """
 
     # the experiment
@@ -110,10 +109,10 @@ class Args:
     clip_rewards: bool = False  # learn from rewards clipped to [-1, 1]; logged ones are not clipped
     total_timesteps: int = 500_000  # length of the run
     seed: int = 1  # of all random numbers
-    tuned: bool = True  # begin with TUNED; flags that are given still win
+    tuned: bool = True  # on the command line, begin with TUNED; flags that are given still win
 
     # the network
-    convolutions: tuple[tuple[int, int, int], ...] = ()  # channels, kernel, stride; empty: by size
+    convolutions: tuple[tuple[int, int, int], ...] = ()  # channels, kernel, stride; () MNIH, YOUNG
     hidden_sizes: tuple[int, ...] = (120, 84)  # units of the hidden layers; may be empty
     dueling: bool = False  # the last layer gives a state value and advantages
     layer_norm: bool = True  # normalise before each activation
@@ -187,15 +186,15 @@ TUNED: dict[str, dict] = {
         target_network_frequency=1_000, loss="huber", max_grad_norm=10.0, end_e=0.01,
         eval_frequency=100_000, eval_max_steps=5_000,
     ),
-    "ALE/": dict(  # for two cores: the network of Mnih et al. 2013, few gradient steps
+    "ALE/": dict(  # for two cores without a GPU: a small network, few gradient steps
         total_timesteps=2_000_000, num_envs=8, frame_stack=4, clip_rewards=True,
-        convolutions=((16, 8, 4), (32, 4, 2)), hidden_sizes=(256,), dueling=True,
+        convolutions=((8, 3, 2), (16, 3, 2), (32, 3, 2)), hidden_sizes=(256,), dueling=True,
         learning_rate=3e-4, learning_starts=5_000, batch_size=32, train_frequency=8, n_step=5,
         double_q=False, target_network_frequency=1_000, loss="huber", max_grad_norm=10.0,
         exploration_fraction=0.05, eval_frequency=100_000, eval_episodes=10, eval_max_steps=27_000,
         checkpoint_frequency=100_000,
     ),
-    "ALE/Pong-v5": dict(total_timesteps=1_500_000),
+    "ALE/Pong-v5": dict(total_timesteps=1_200_000),
 }
 
 
@@ -214,7 +213,7 @@ class WithoutInfo(gym.Wrapper):
 def wrap(env, args, video_folder, main_pid):
     """Wrap one environment: its observations become numbers (*shape), or (frames, *shape)."""
     if os.getpid() != main_pid:  # a process of async_envs leaves Ctrl-C to the main one
-        ignore_signals()
+        on_stop(signal.SIG_IGN)
     if video_folder:
         env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
     if "ALE/" in args.env_id:
@@ -238,8 +237,8 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
     main_pid = os.getpid()
     is_atari = "ALE/" in args.env_id
     is_cartpole = args.env_id == "CartPole-v1" and args.frame_stack == 1 and num_envs > 4
-    own_vector = (is_atari or is_cartpole) and not (async_envs or video_folder)
-    if own_vector:  # built in and faster (CartPole's from five environments on)
+    has_own_vector = (is_atari or is_cartpole) and not (async_envs or video_folder)
+    if has_own_vector:  # built in and faster (CartPole's from five environments on)
         options = dict(vectorization_mode="vector_entry_point")
         if is_atari:  # scales, turns gray, skips and stacks frames as `wrap` does
             options |= dict(stack_num=args.frame_stack, reward_clipping=False, use_fire_reset=False)
@@ -266,14 +265,14 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
     if not isinstance(envs.single_action_space, gym.spaces.Discrete):
         space = envs.single_action_space
         raise UsageError(f"{flag(args, 'env_id')}: DQN needs Discrete actions, not {space}")
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs) if own_vector else envs
+    return gym.wrappers.vector.RecordEpisodeStatistics(envs) if has_own_vector else envs
 
 
 # ----------------------------------------------------------------------------------------- network
 
-# Convolutions: channels, kernel, stride of each layer.
+# What --convolutions is for images, if not given: channels, kernel, stride of each layer.
 MNIH = (32, 8, 4), (64, 4, 2), (64, 3, 1)
-YOUNG = ((16, 3, 1),)  # for images below 36 x 36
+YOUNG = ((16, 3, 1),)  # below 36 x 36
 
 
 def ratio(one, other):
@@ -381,7 +380,7 @@ class ReplayBuffer:
         self.args = args
         self.device = device
         self.num_envs = envs.num_envs  # of this process; args.num_envs counts those of all
-        # Rows that `sample` skips are added. Three rows at least, as a restart can follow a reset.
+        # Rows that `sample` skips are added. Of three rows at most two in succession are resets.
         self.num_rows = max(args.buffer_size // args.num_envs, 3) + args.n_step + args.frame_stack
         columns = self.num_rows, self.num_envs
         space = envs.single_observation_space
@@ -412,7 +411,7 @@ class ReplayBuffer:
 
     def add(self, actions, rewards, terminated, truncated, next_observations):
         """Store a step: its outcome, (N,) each, and the next observations (N, *shape)."""
-        row = self.row  # it holds the observations that were acted on
+        row = self.row  # its observations, which were acted on, are there already
         next_row = (row + 1) % self.num_rows
         self.actions[row] = actions
         self.rewards[row] = np.clip(rewards, -1, 1) if self.args.clip_rewards else rewards
@@ -502,7 +501,7 @@ class Agent:
         if args.compile:
             self.q_network.compile(dynamic=False)
             self.target_network.compile(dynamic=False)
-        # The loss calls this one, since with torchrun it averages gradients over all processes.
+        # Gradients go through this one, which with torchrun averages them over all processes.
         self.training_network = self.q_network
         if dist.is_initialized():
             self.training_network = nn.parallel.DistributedDataParallel(
@@ -635,7 +634,7 @@ def train(args, signals=()):
         replay.add(actions, rewards, terminated, truncated, next_observations)
         observations = next_observations
 
-        # Learn. Look at each of the steps just taken: any number of environments learns as often.
+        # Learn, as often with any number of environments: look at each of the steps just taken.
         for step in range(global_step - args.num_envs + 1, global_step + 1):
             if step > args.learning_starts and step % args.train_frequency == 0:
                 learning_rate = linear_schedule(
@@ -746,7 +745,7 @@ class Log:
 
     def progress(self, infos, epsilon, step):
         """Show how far training is, and log the episodes that have just ended."""
-        if "episode" in infos:  # of those that end together, TensorBoard would show only one
+        if "episode" in infos:  # log the mean of those that end together
             ended = infos["_episode"]
             mean_return = infos["episode"]["r"][ended].mean()
             mean_length = infos["episode"]["l"][ended].mean()
@@ -995,13 +994,10 @@ def from_rank_0(value):
     return values[0]
 
 
-STOP_SIGNALS = signal.SIGINT, signal.SIGTERM  # Ctrl-C, and what Slurm or Kubernetes sends
-
-
-def ignore_signals():
-    """Leave Ctrl-C to the main process."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def on_stop(handler):
+    """Set what is done about Ctrl-C, and about what Slurm or Kubernetes sends."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, handler)
 
 
 def catch_signals():
@@ -1010,11 +1006,9 @@ def catch_signals():
 
     def handler(number, frame):
         caught.append(number)
-        for each in STOP_SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        on_stop(signal.SIG_DFL)
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, handler)
+    on_stop(handler)
     return caught
 
 
