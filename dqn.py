@@ -112,7 +112,7 @@ class Args:
     tuned: bool = True  # on the command line, begin with TUNED; flags that are given still win
 
     # the network
-    convolutions: tuple[tuple[int, int, int], ...] = ()  # channels, kernel, stride; () MNIH, YOUNG
+    convolutions: tuple[tuple[int, int, int], ...] = ()  # channels, kernel, stride; empty: see MNIH
     hidden_sizes: tuple[int, ...] = (120, 84)  # units of the hidden layers; may be empty
     dueling: bool = False  # the last layer gives a state value and advantages
     layer_norm: bool = True  # normalise before each activation
@@ -380,7 +380,7 @@ class ReplayBuffer:
         self.args = args
         self.device = device
         self.num_envs = envs.num_envs  # of this process; args.num_envs counts those of all
-        # Rows that `sample` skips are added. Of three rows at most two in succession are resets.
+        # Rows that `sample` skips are added. Three at least: two in succession may be resets.
         self.num_rows = max(args.buffer_size // args.num_envs, 3) + args.n_step + args.frame_stack
         columns = self.num_rows, self.num_envs
         space = envs.single_observation_space
