@@ -194,7 +194,7 @@ TUNED: dict[str, dict] = {
         exploration_fraction=0.05, eval_frequency=100_000, eval_episodes=10, eval_max_steps=27_000,
         checkpoint_frequency=100_000,
     ),
-    "ALE/Pong-v5": dict(total_timesteps=1_200_000),
+    "ALE/Pong-v5": dict(total_timesteps=1_200_000, learning_rate=1e-3),
 }
 
 
