@@ -36,7 +36,7 @@ def main(options):
     runs = [sweep.Run(env_id, "pixels", seed, {}) for env_id in options.env_ids for seed in options.seeds]
     rows = sweep.sweep("pixels", runs, prepare, threads=options.threads)
     table(rows, [(env_id, "pixels") for env_id in options.env_ids])
-    draw_curves(options.name, rows, "pixels", options.env_ids, min(3, len(options.env_ids)))
+    draw_curves(options.name, rows, "pixels", options.env_ids, 3)
 
 
 if __name__ == "__main__":
