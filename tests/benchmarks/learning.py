@@ -63,11 +63,14 @@ def draw_curves(name, rows, setting, env_ids, columns):
     with figures.panels(name, env_ids, columns, xlabel="environment steps", ylabel="greedy return") as places:
         for axes, env_id in zip(places, env_ids, strict=True):
             steps, returns = curve(rows, env_id, setting)
+            few = len(returns) < 4  # of so few the interval would be the range, and the IQM is the mean
             for line in returns:
-                axes.plot(steps, line, color="gray", alpha=0.35, linewidth=0.7, label="one seed")
-            band = np.array([sweep.interval(column) for column in returns.T])
-            axes.plot(steps, sweep.iqm(returns), color="C0", label="interquartile mean, 95% interval")
-            axes.fill_between(steps, *band.T, color="C0", alpha=0.2, linewidth=0)
+                axes.plot(steps, line, color="gray", alpha=0.7 if few else 0.35, linewidth=0.7, label="one seed")
+            middle = "mean" if few else "interquartile mean, 95% interval"
+            axes.plot(steps, sweep.iqm(returns), color="C0", label=middle)
+            if not few:
+                band = np.array([sweep.interval(column) for column in returns.T])
+                axes.fill_between(steps, *band.T, color="C0", alpha=0.2, linewidth=0)
             axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
 
 
