@@ -192,6 +192,14 @@ def test_a_curve_keeps_the_last_value_of_a_run_that_ended():
     assert sweep.last(rows, "E", "s", sweep.CURVE).tolist() == [2, 5]
 
 
+@pytest.mark.parametrize(("runs", "shown"), [(3, False), (4, True)])
+def test_the_interval_of_three_runs_is_their_range_and_is_not_drawn(runs, shown, in_process, tmp_path):
+    rows = pd.DataFrame([("E", "s", "k", seed, step, sweep.CURVE, seed * step) for seed in range(runs)
+                         for step in (10, 20)], columns=sweep.COLUMNS)
+    learning.draw_curves("curves", rows, "s", ["E"], 1)
+    assert ("95% interval" in (tmp_path / "curves.svg").read_text()) == shown
+
+
 def test_a_table_learns_the_optimal_values_of_frozen_lake(in_process):
     run = next(run for run in optimality.runs(sweep.Options(("FrozenLake-v1",))) if run.setting == "table, 100")
     run.changes["total_timesteps"] = 300_000
