@@ -13,7 +13,7 @@ from there on. It is fitted to a target that an older copy of itself, the target
     td_target = r + gamma * max_a' Q_target(s', a')
 
 On the command line, TUNED replaces the defaults of Args for the environments that it lists, such as
-CartPole-v1. Plain DQN is --no-tuned --no-double-q --no-layer-norm --no-anneal-lr.
+CartPole-v1. There, plain DQN is --no-tuned --no-double-q --no-layer-norm --no-anneal-lr.
 
 Settings come first, then what learns (environments, network, replay buffer, agent), then the loop,
 `train`. All that follows serves the loop: log, evaluation, files, processes, the command line.
@@ -59,6 +59,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -112,7 +113,7 @@ class Args:
     tuned: bool = True  # on the command line, begin with TUNED; flags that are given still win
 
     # the network
-    convolutions: tuple[tuple[int, int, int], ...] = ()  # channels, kernel, stride; empty: see MNIH
+    convolutions: tuple[tuple[int, int, int], ...] = ()  # channels, kernel, stride; default: MNIH
     hidden_sizes: tuple[int, ...] = (120, 84)  # units of the hidden layers; may be empty
     dueling: bool = False  # the last layer gives a state value and advantages
     layer_norm: bool = True  # normalise before each activation
@@ -142,7 +143,7 @@ class Args:
     eval_episodes: int = 20  # episodes of an evaluation, played side by side
     eval_max_steps: int = 10_000  # an episode of an evaluation is cut after so many steps
     stop_return: float = math.inf  # end the run once an evaluation reaches this mean return
-    checkpoint_frequency: int = 50_000  # steps between checkpoints (episodes restart); 0: at end
+    checkpoint_frequency: int = 50_000  # steps between checkpoints, see `restart`; 0: at the end
     save_model: bool = True  # write model.pt, the best network by greedy evaluation
     capture_video: bool = False  # record greedy episodes at the end
     exp_name: str = "dqn"  # part of the run folder's name
@@ -154,11 +155,11 @@ class Args:
     torch_deterministic: bool = True  # have cuDNN use deterministic kernels only
 
     # instead of a new run
-    resume: str | None = None  # folder of a run to go on with; if there is none, a new one
+    resume: str | None = None  # folder of a run to go on with; missing or empty: a new one
     evaluate: str | None = None  # folder of a run whose best network plays
 
 
-# Settings by environment, or by family of them ("ALE/").
+# Settings by family of environments ("ALE/"), and by environment: these go on top of its family's.
 TUNED: dict[str, dict] = {
     "CartPole-v1": dict(
         total_timesteps=80_000, num_envs=8, learning_rate=2e-3, buffer_size=80_000,
@@ -240,7 +241,7 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
     has_own_vector = (is_atari or is_cartpole) and not (async_envs or video_folder)
     if has_own_vector:  # built in and faster (CartPole's from five environments on)
         options = dict(vectorization_mode="vector_entry_point")
-        if is_atari:  # scales, turns gray, skips and stacks frames as `wrap` does
+        if is_atari:  # scales, turns gray, skips and stacks frames, as `wrap` does; whole games
             options |= dict(stack_num=args.frame_stack, reward_clipping=False, use_fire_reset=False)
     else:
         options = dict(
@@ -275,11 +276,6 @@ MNIH = (32, 8, 4), (64, 4, 2), (64, 3, 1)
 YOUNG = ((16, 3, 1),)  # below 36 x 36
 
 
-def ratio(one, other):
-    """Divide the longer of two lengths by the shorter."""
-    return max(one, other) / min(one, other)
-
-
 class QNetwork(nn.Module):
     """Q(s, ·): a multi-layer perceptron, behind convolutions if observations are images.
 
@@ -292,11 +288,9 @@ class QNetwork(nn.Module):
         space = envs.single_observation_space
         frame_shape = space.shape[1:] if args.frame_stack > 1 else space.shape
 
-        # Height and width are the two neighbours that are more alike: (84, 84, 3) or (3, 84, 84).
-        self.channels_last = False
-        if len(frame_shape) == 3:
-            first, middle, last = frame_shape
-            self.channels_last = ratio(first, middle) <= ratio(middle, last)
+        # Height and width are the two neighbours with the smaller ratio: (84, 84, 3), (3, 84, 84).
+        ratios = [max(pair) / min(pair) for pair in pairwise(frame_shape)]
+        self.channels_last = len(frame_shape) == 3 and ratios[0] <= ratios[1]
         sides = frame_shape[:2] if self.channels_last else frame_shape[-2:]
         is_pixels = space.dtype in (np.uint8, np.bool_)
         self.is_image = is_pixels and len(frame_shape) in (2, 3) and min(sides) >= 3
@@ -356,7 +350,7 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The stream of time steps as it came: a ring of rows (time) by N environments.
+    """The stream of time steps as it came: a ring of rows (time) and columns (N environments).
 
     A row holds an observation of each environment and what came of the step from there: action,
     reward, end. The observation that the step led to is in the next row. For example an episode
@@ -380,26 +374,26 @@ class ReplayBuffer:
         self.args = args
         self.device = device
         self.num_envs = envs.num_envs  # of this process; args.num_envs counts those of all
-        # Rows that `sample` skips are added. Three at least: two in succession may be resets.
-        self.num_rows = max(args.buffer_size // args.num_envs, 3) + args.n_step + args.frame_stack
-        columns = self.num_rows, self.num_envs
+        # Rows that `sample` skips are added.
+        self.num_rows = args.buffer_size // args.num_envs + args.n_step + args.frame_stack
+        ring = self.num_rows, self.num_envs
         space = envs.single_observation_space
         frame_shape = space.shape[1:] if args.frame_stack > 1 else space.shape
         dtypes = {np.uint8: torch.uint8, np.bool_: torch.bool}
         dtype = dtypes.get(space.dtype.type, torch.float32)
         frame_bytes = math.prod(frame_shape) * dtype.itemsize
-        check_memory(args, math.prod(columns) * (frame_bytes + 18), device)  # 18: the arrays below
+        check_memory(args, math.prod(ring) * (frame_bytes + 18), device)  # 18: the arrays below
 
         # Frames are on the device that trains; the rest is NumPy's, which is faster at indexing.
         # The last row of frames stays blank, for stacks at the beginning of an episode.
         shape = self.num_rows + 1, self.num_envs, *frame_shape
         self.frames = torch.zeros(shape, dtype=dtype, device=device)
-        self.actions = np.zeros(columns, np.int64)
-        self.rewards = np.zeros(columns, np.float32)
-        self.terminated = np.zeros(columns, bool)
-        self.is_reset = np.zeros(columns, bool)
-        self.age = np.zeros(columns, np.int32)
-        self.resets_next = np.zeros(self.num_envs, bool)  # these only reset in the next step
+        self.actions = np.zeros(ring, np.int64)
+        self.rewards = np.zeros(ring, np.float32)
+        self.terminated = np.zeros(ring, bool)
+        self.is_reset = np.zeros(ring, bool)
+        self.age = np.zeros(ring, np.int32)
+        self.resets_next = np.zeros(self.num_envs, bool)  # the next step of these is only a reset
         self.row = 0  # of the newest observations
         self.size = 0  # rows before it that are filled
 
@@ -424,14 +418,14 @@ class ReplayBuffer:
         self.row = next_row
         self.size = min(self.size + 1, self.num_rows - 1)
 
-    def observations_at(self, rows, envs):
+    def observations_at(self, rows, columns):
         """Look up observations (B, *shape), or stacks of frames (B, frames, *shape)."""
         if self.args.frame_stack == 1:
-            return self.frames[rows, envs]
+            return self.frames[rows, columns]
         back = np.arange(self.args.frame_stack - 1, -1, -1)  # 3, 2, 1, 0
-        in_episode = back <= self.age[rows, envs][:, None]  # (B, frames)
+        in_episode = back <= self.age[rows, columns][:, None]  # (B, frames)
         rows = np.where(in_episode, (rows[:, None] - back) % self.num_rows, self.num_rows)
-        return self.frames[rows, envs[:, None]]
+        return self.frames[rows, columns[:, None]]
 
     def sample(self, batch_size, rng):
         """Draw transitions uniformly, with returns over n steps (Sutton).
@@ -439,32 +433,32 @@ class ReplayBuffer:
         If the episode ends within the n steps, so does the return. If it terminated, nothing is
         added; if it was truncated, the target bootstraps from its final observation (Pardo, 2.2).
         """
-        # Skip the newest rows, whose returns are incomplete, and the oldest, whose stacks are. Rows
-        # below 0 count from the ring's end.
+        # Skip the newest rows, whose returns are not complete yet, and the oldest, whose stacks are
+        # not complete any more. Rows below 0 count from the ring's end.
         newest = self.row - self.args.n_step
         oldest = self.row - self.size + self.args.frame_stack - 1
         rows = rng.integers(oldest, newest, batch_size, endpoint=True)
-        envs = rng.integers(self.num_envs, size=batch_size)
-        while self.is_reset[rows, envs].any():  # draw those again
-            again = self.is_reset[rows, envs]
+        columns = rng.integers(self.num_envs, size=batch_size)
+        while self.is_reset[rows, columns].any():  # draw those again
+            again = self.is_reset[rows, columns]
             rows[again] = rng.integers(oldest, newest, again.sum(), endpoint=True)
-            envs[again] = rng.integers(self.num_envs, size=again.sum())
+            columns[again] = rng.integers(self.num_envs, size=again.sum())
         rows %= self.num_rows
 
         # Follow each transition to the end of its episode. With n = 4 and an end after two steps,
         # is_reset = F F T F, so same_episode = T T F F (False from the first reset on), m = 2.
         steps = np.arange(self.args.n_step)  # 0, ..., n - 1
-        window = (rows[:, None] + steps) % self.num_rows, envs[:, None]  # the n steps, (B, n)
+        window = (rows[:, None] + steps) % self.num_rows, columns[:, None]  # n steps, (B, n)
         same_episode = ~np.logical_or.accumulate(self.is_reset[window], axis=1)
         m = same_episode.sum(1)  # (B,)
         last_rows = (rows + m - 1) % self.num_rows
         next_rows = (rows + m) % self.num_rows
         rewards = (self.rewards[window] * self.args.gamma**steps * same_episode).sum(1)
-        discounts = np.where(self.terminated[last_rows, envs], 0.0, self.args.gamma**m)
-        arrays = self.actions[rows, envs], np.float32(rewards), np.float32(discounts)
+        discounts = np.where(self.terminated[last_rows, columns], 0.0, self.args.gamma**m)
+        arrays = self.actions[rows, columns], np.float32(rewards), np.float32(discounts)
         actions, rewards, discounts = [torch.from_numpy(a).to(self.device) for a in arrays]
-        observations = self.observations_at(rows, envs)
-        next_observations = self.observations_at(next_rows, envs)
+        observations = self.observations_at(rows, columns)
+        next_observations = self.observations_at(next_rows, columns)
         return Batch(observations, actions, rewards, next_observations, discounts)
 
     def state_dict(self):
@@ -501,7 +495,7 @@ class Agent:
         if args.compile:
             self.q_network.compile(dynamic=False)
             self.target_network.compile(dynamic=False)
-        # Gradients go through this one, which with torchrun averages them over all processes.
+        # The same network; with torchrun in a wrapper that averages gradients over the processes.
         self.training_network = self.q_network
         if dist.is_initialized():
             self.training_network = nn.parallel.DistributedDataParallel(
@@ -574,11 +568,11 @@ def due(frequency, step, num_envs):
 def restart(args, envs, replay, step):
     """Reset all environments and random numbers, with seeds that follow from (seed, step, rank).
 
-    A checkpoint cannot hold the state of an environment. So all of it is reset right after one,
-    whether the run goes on or was killed and is resumed: both go on equally, to the last bit, with
-    the same settings on the same machine. The price: checkpoint_frequency is part of the
-    experiment, and the buffer sees a truncation. (Ctrl-C and stop_return save at a step of their
-    own: a run that goes on from there is not equal to one left alone.)
+    A checkpoint cannot hold the state of an environment, so every run resets them right after it.
+    A run that was killed resumes from there, and so it ends as if nothing had happened, equal to
+    the last bit with the same settings on the same machine. The price: checkpoint_frequency is part
+    of the experiment, and the buffer sees a truncation. (Ctrl-C and stop_return save at a step of
+    their own: a run that goes on from there is not equal to one left alone.)
     """
     observations, _ = envs.reset(seed=derive_seed(args.seed, ENVIRONMENTS, step, RANK))
     replay.begin_episodes(observations)
@@ -624,7 +618,7 @@ def train(args, signals=()):
     final_rate = 0.0 if args.anneal_lr else args.learning_rate
     metrics = {}  # of the last gradient step
     while True:
-        # Act epsilon-greedily in all environments. A step that only resets one counts, too.
+        # Act epsilon-greedily in all environments. A step that only resets its environment counts.
         epsilon = linear_schedule(args.start_e, args.end_e, decay_steps, global_step)
         actions = agent.act(observations, epsilon, rng)
         outcome = envs.step(actions + envs.single_action_space.start)
@@ -634,7 +628,7 @@ def train(args, signals=()):
         replay.add(actions, rewards, terminated, truncated, next_observations)
         observations = next_observations
 
-        # Learn, as often with any number of environments: look at each of the steps just taken.
+        # Learn once in train_frequency steps, of all environments: look at each step just taken.
         for step in range(global_step - args.num_envs + 1, global_step + 1):
             if step > args.learning_starts and step % args.train_frequency == 0:
                 learning_rate = linear_schedule(
@@ -667,7 +661,7 @@ def train(args, signals=()):
             if stop:
                 break
             observations, rng = restart(args, envs, replay, global_step)
-            metrics = {}  # a resumed run has none, and both shall log alike
+            metrics = {}  # a resumed run has none, and this one logs what that would
 
     envs.close()
     if log:
@@ -684,7 +678,7 @@ FLOAT32_MAX = np.finfo(np.float32).max
 def check_finite(step, **values):
     """Raise TrainingError for what float32 cannot hold, or is NaN; say who is to blame."""
     for name, value in values.items():
-        if np.count_nonzero(np.abs(value) <= FLOAT32_MAX) != np.size(value):
+        if not (np.abs(value) <= FLOAT32_MAX).all():
             blamed = "try a lower --learning-rate" if name == "loss" else "fix the environment"
             raise TrainingError(f"step {step:,}: {name} not finite in float32; {blamed}")
 
@@ -726,7 +720,7 @@ class Log:
         self.frequency = min(LOG_FREQUENCY, self.line_frequency)
         self.start_time = time.time()
         self.start_step = step
-        self.probe = None  # a batch whose targets are watched, until the next checkpoint
+        self.probe = None  # a batch, kept until the next checkpoint to see how its targets move
         self.probe_targets = None  # what they were at the last entry
         self.returns = deque(maxlen=20)  # of the last training episodes
 
@@ -813,7 +807,7 @@ def say(text):
 
 @torch.no_grad()
 def greedy_returns(q_network, envs, seed, max_steps):
-    """Play one greedy episode in each environment; return their returns (N,)."""
+    """Play one greedy episode in each environment (seed, seed + 1, ...); return returns (N,)."""
     device = next(q_network.parameters()).device
     observations, _ = envs.reset(seed=seed)
     returns = np.zeros(envs.num_envs)
@@ -1099,8 +1093,9 @@ def validate(args):
         if name not in may_change and getattr(args, name) != value:
             raise UsageError(f"{flag(args, name)}: the run has {value} and keeps it")
     least = args.num_envs * (args.n_step + args.frame_stack + 2)  # of these some can be sampled
-    if args.learning_starts < least:
-        raise UsageError(f"{flag(args, 'learning_starts')}: must be at least {least}")
+    for name in "learning_starts", "buffer_size":
+        if getattr(args, name) < least:
+            raise UsageError(f"{flag(args, name)}: must be at least {least}")
 
 
 def saved_args(args):

@@ -101,6 +101,7 @@ def test_the_limits_themselves_are_allowed():
     (dict(buffer_size=0), "--batch-size 128: must not be above --buffer-size 0"),
     (dict(total_timesteps=-1), "--learning-starts 2000: must not be above --total-timesteps -1"),
     (dict(num_envs=8, n_step=10, learning_starts=100), "--learning-starts 100: must be at least 104"),
+    (dict(num_envs=64, buffer_size=128), "--buffer-size 128: must be at least 256"),
     (dict(track=True), "--track True: needs wandb; pip install wandb"),
 ])
 def test_settings_that_do_not_go_together_are_refused(settings, message, monkeypatch):
