@@ -45,10 +45,11 @@ def test_after_ten_kills_or_five_of_two_ranks_nothing_differs(ranks, kills, in_t
         process = start(*flags(**settings, resume="runs/killed"), cwd=in_tmp, ranks=ranks)
         line(process, "a new run|goes on")
         time.sleep(0.3 * rng.random())
+        pids = family(process.pid)  # looked up first: a write is over in milliseconds
         if number % 2:
             until(lambda: list(in_tmp.glob("runs/killed/.checkpoint*")))
         assert process.poll() is None, "it came to its end"
-        for pid in family(process.pid):
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
         process.communicate()
         in_writes += bool(list(in_tmp.glob("runs/killed/.checkpoint*")))
