@@ -192,7 +192,7 @@ TUNED: dict[str, dict] = {
         convolutions=((8, 3, 2), (16, 3, 2), (32, 3, 2)), hidden_sizes=(256,), dueling=True,
         learning_rate=3e-4, learning_starts=5_000, batch_size=32, train_frequency=8, n_step=5,
         double_q=False, target_network_frequency=1_000, loss="huber", max_grad_norm=10.0,
-        exploration_fraction=0.05, eval_frequency=100_000, eval_episodes=10, eval_max_steps=27_000,
+        exploration_fraction=0.05, eval_frequency=100_000, eval_episodes=10,
         checkpoint_frequency=100_000,
     ),
     "ALE/Pong-v5": dict(total_timesteps=1_200_000, learning_rate=1e-3),
