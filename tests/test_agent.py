@@ -74,6 +74,7 @@ def test_a_gradient_step_is_adams_on_the_loss_of_the_equation(settings):
     assert 0.01 < norm < 1e6
     before = [parameter.detach().clone() for parameter in agent.target_network.parameters()]
     logged = agent.update(batch, learning_rate=0.01)
+    assert logged["charts/learning_rate"] == 0.01
     assert logged["losses/td_loss"].item() == pytest.approx(loss.item(), rel=1e-4)
     assert logged["losses/q_values"].item() == pytest.approx((error + target).mean().item(), rel=1e-4, abs=1e-6)
     shrunk = min(1.0, args.max_grad_norm / norm)
@@ -132,9 +133,9 @@ def test_the_schedule_is_a_line_and_then_constant(step, expected):
 @pytest.mark.parametrize("frequency", [1, 4, 10, 500])
 def test_an_event_is_due_when_its_multiple_is_crossed(num_envs, frequency):
     for step in range(num_envs, 3000, num_envs):
-        crossed = any(i % frequency == 0 for i in range(step - num_envs + 1, step + 1))
-        assert due(frequency, step, num_envs) == crossed
-        assert not due(0, step, num_envs)
+        steps = range(step - num_envs + 1, step + 1)
+        assert due(frequency, steps) == any(i % frequency == 0 for i in steps)
+        assert not due(0, steps)
 
 
 @pytest.mark.parametrize("num_envs", [1, 3, 8, 32])

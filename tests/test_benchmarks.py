@@ -44,7 +44,7 @@ TINY = dict(tuned=False, total_timesteps=3_000, learning_starts=1_500, buffer_si
 def in_process(monkeypatch, tmp_path):
     """Let sweeps run in this process, with results in an empty folder; what they replace in dqn is put back."""
     monkeypatch.setattr(sweep, "RESULTS", tmp_path)
-    for name in ("Agent", "Log", "make_envs", "save_checkpoint", "LOG_FREQUENCY", "play"):
+    for name in ("Agent", "Log", "learn", "make_envs", "save_checkpoint", "LOG_FREQUENCY", "play"):
         monkeypatch.setattr(dqn, name, getattr(dqn, name))
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *given, **named: ThreadPoolExecutor(1))
 
@@ -154,10 +154,10 @@ def test_a_tuned_run_is_what_the_command_line_would_run():
 def test_a_sweep_does_only_what_is_missing(in_process):
     def do_all(seeds):
         return sweep.sweep("results", [sweep.Run("CartPole-v1", "quick", seed, TINY) for seed in seeds],
-                           tags=("target/drift",))
+                           tags=("losses/q_values",))
 
     first = do_all([1])
-    assert {sweep.CURVE, sweep.FINAL, sweep.BEST, "target/drift"} < set(first.tag)
+    assert {sweep.CURVE, sweep.FINAL, sweep.BEST, "losses/q_values"} < set(first.tag)
     assert sweep.last(first, "CartPole-v1", "quick", sweep.STEPS) == 3_000
     both = do_all([1, 2])
     assert both[: len(first)].values.tolist() == first.values.tolist(), "not once more, which would take another time"
@@ -301,7 +301,7 @@ def test_speed_of_training_and_of_its_pieces_from_end_to_end(capsys):
 
 
 def test_whole_processes_are_compared_with_what_they_reached(monkeypatch, capsys):
-    def process(python, script, flags):
+    def process(python, script, *flags):
         if script == speed.SB3:
             return 30.0, 100.0, "steps 5000 steps/s 100.0\nreturn 480.25"
         told = "step 80,000: greedy return 490.0 ± 1.0 over 100 episodes\n"

@@ -1,7 +1,7 @@
 """Log and evaluation: what a run shows, the best network, greedy episodes, load, videos."""
 
 import fcntl
-import itertools
+import importlib.util
 import os
 import re
 import struct
@@ -24,12 +24,10 @@ def test_the_log_holds_every_tag_at_its_steps(in_tmp):
     shown = scalars(train(num_envs=3, learning_starts=300))
     assert shown.keys() == {
         "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/epsilon", "charts/learning_rate",
-        "losses/td_loss", "losses/q_values", "eval/episodic_return", "target/drift"}
+        "losses/td_loss", "losses/q_values", "eval/episodic_return"}
     assert [step for step, _ in shown["eval/episodic_return"]] == [501, 1002, 1200]
-    # each twentieth of the run (60 steps) once there is a gradient step, at 310 and after each checkpoint
-    assert [step for step, _ in shown["losses/td_loss"]] == [step for step in range(360, 1201, 60)
-                                                             if step not in (0, 252, 501, 750, 1002)]
-    assert shown["charts/learning_rate"][-1] == (1200, 0.0)
+    assert [step for step, _ in shown["losses/td_loss"]] == [501, 1002], "each 500 steps"
+    assert shown["charts/learning_rate"][-1] == (1002, pytest.approx(1e-3 * 200 / 1200))  # of the last one, at 1000
 
 
 def test_logged_returns_and_lengths_are_those_of_the_episodes(in_tmp):
@@ -38,24 +36,6 @@ def test_logged_returns_and_lengths_are_those_of_the_episodes(in_tmp):
     # each step costs 1 and the limit is 200; the reset step is no step, so episodes end after 200, 401, … of each
     assert shown["charts/episodic_return"] == [(step, -200.0) for step in (600, 1203, 1806)]
     assert shown["charts/episodic_length"] == [(step, 200.0) for step in (600, 1203, 1806)]
-
-
-def test_drift_is_the_movement_of_a_fixed_batchs_targets(in_tmp, monkeypatch):
-    targets, learning = [], dqn.Log.learning
-
-    def spy(self, values, agent, replay, step):
-        learning(self, values, agent, replay, step)
-        targets.append((step, agent.td_target(self.probe)))
-
-    monkeypatch.setattr(dqn.Log, "learning", spy)
-    run_dir = train(total_timesteps=600, target_network_frequency=60, checkpoint_frequency=0)
-    moves = [(step, (new - old).abs().mean().item()) for (_, old), (step, new) in itertools.pairwise(targets)]
-    shown = scalars(run_dir)["target/drift"]
-    assert [step for step, _ in shown] == [step for step, _ in moves]
-    assert [value for _, value in shown] == pytest.approx([value for _, value in moves], abs=1e-6)
-    assert max(value for _, value in shown) > 0
-    still = scalars(train(total_timesteps=600, target_network_frequency=10_000, double_q=False))["target/drift"]
-    assert {value for _, value in still} == {0.0}, "a target network that is never updated stands still"
 
 
 def test_what_is_kept_is_the_best_network_and_not_what_came_of_it(in_tmp, monkeypatch):
@@ -121,7 +101,7 @@ def test_a_run_shows_its_folder_progress_evaluations_and_verdict_in_plain_lines(
     assert not process.err
     lines = process.out.splitlines()
     assert lines[0] == f"runs/{run_dir.name}: a new run"
-    for pattern, count in ((r"step [\d,]+ of 1,200: return (nan|[\d.]+), epsilon 0\.\d\d", 20),
+    for pattern, count in ((r"step [\d,]+ of 1,200: (return [\d.]+, )?epsilon 0\.\d\d", 20),
                            (r"step [\d,]+: greedy return [\d.]+ ± [\d.]+ over 2 episodes", 3)):
         assert sum(bool(re.fullmatch(pattern, line)) for line in lines) == count
     assert re.fullmatch(r"at the end: return [\d.]+ ± [\d.]+ over 100 episodes", lines[-2])
@@ -166,7 +146,7 @@ def test_load_gives_the_network_for_a_loop_of_ones_own(in_tmp):
     observations, _ = envs.reset(seed=0)
     total = 0.0
     for _ in range(20):
-        actions = q_network(torch.from_numpy(observations)).argmax(1).numpy() + envs.single_action_space.start
+        actions = q_network(torch.from_numpy(observations)).argmax(1).numpy()
         observations, rewards, terminated, truncated, _ = envs.step(actions)
         total += rewards.sum()
         if terminated | truncated:
@@ -194,7 +174,8 @@ def test_weights_and_biases_mirrors_what_tensorboard_gets(in_tmp, monkeypatch):
     calls = []
     fake = SimpleNamespace(init=lambda **settings: calls.append(settings))
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    find_spec = importlib.util.find_spec  # torch asks for modules, too
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "wandb" or find_spec(name, *rest))
     run_dir = train(track=True, wandb_project_name="project", wandb_entity="team", total_timesteps=300)
     (settings,) = calls
     assert settings["sync_tensorboard"]

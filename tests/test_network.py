@@ -1,5 +1,6 @@
-"""QNetwork."""
+"""QNetwork, behind the wrapping that brings observations into its form."""
 
+import os
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -8,13 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from dqn import Args, QNetwork
-from environments import BOARDS
+from dqn import Args, QNetwork, wrap
+from environments import BOARDS, Walk
+
+
+def wrapped(space, **settings):
+    """An environment with a space as dqn.py wraps it."""
+    args = Args(**settings)
+    return wrap(Walk(space, limit=100), args, "", os.getpid()), args
 
 
 def make_network(space, num_actions=3, **settings):
-    envs = SimpleNamespace(single_observation_space=space, single_action_space=gym.spaces.Discrete(num_actions))
-    return QNetwork(Args(**dict(hidden_sizes=(8,), layer_norm=False) | settings), envs)
+    """The network for observations of a space, of which --frame-stack makes stacks."""
+    env, args = wrapped(space, **dict(hidden_sizes=(8,), layer_norm=False) | settings)
+    actions = gym.spaces.Discrete(num_actions)
+    return QNetwork(args, SimpleNamespace(single_observation_space=env.observation_space, single_action_space=actions))
 
 
 def box(*shape):
@@ -49,7 +58,7 @@ def test_without_hidden_layers_q_is_a_table_of_one_hot_observations():
 
 def test_layer_norm_stands_before_each_activation_of_convolutions_too():
     assert kinds(make_network(box(2, 3), hidden_sizes=(7, 5))) == [nn.Linear, nn.ReLU] * 2 + [nn.Linear]
-    network = make_network(pixels(2, 40, 40), layer_norm=True, frame_stack=2)
+    network = make_network(pixels(40, 40), layer_norm=True, frame_stack=2)
     assert kinds(network) == [nn.Conv2d, nn.GroupNorm, nn.ReLU] * 3 + [nn.Flatten, nn.Linear, nn.LayerNorm, nn.ReLU,
                                                                        nn.Linear]
     images = torch.randint(256, (5, 2, 40, 40), dtype=torch.uint8)
@@ -78,9 +87,10 @@ def test_bytes_and_entries_bounded_by_less_than_a_tenth_are_scaled_and_no_others
 def test_bytes_are_scaled_to_one_and_nothing_else_is(space, expected):
     network = make_network(space, hidden_sizes=())
     fill(network, 1.0)
-    observations = np.zeros((1, *space.shape), space.dtype)
+    observations = np.zeros((1, 9 if space.shape == (3, 3) else 3), space.dtype)
     observations.flat[:2] = 255, 204
-    assert network(torch.from_numpy(observations))[0, 0].item() == pytest.approx(expected)
+    shape = (1, *space.shape)
+    assert network(torch.from_numpy(observations).reshape(shape))[0, 0].item() == pytest.approx(expected)
 
 
 def test_the_scale_of_observations_is_not_among_what_is_saved():
@@ -98,36 +108,38 @@ def test_a_dueling_head_adds_the_centred_advantages_to_the_value(space):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.float32, torch.float64])
-def test_observations_of_any_dtype_and_shape_are_taken(dtype):
-    assert make_network(box(2, 2))(torch.ones(4, 2, 2, dtype=dtype)).shape == (4, 3)
-    assert make_network(box())(torch.ones(4, dtype=dtype)).shape == (4, 3)
+def test_observations_of_any_dtype_are_taken(dtype):
+    assert make_network(box(4))(torch.ones(5, 4, dtype=dtype)).shape == (5, 3)
+    assert make_network(box(4), frame_stack=2)(torch.ones(5, 2, 4, dtype=dtype)).shape == (5, 3)
 
 
 @pytest.mark.parametrize("shape", BOARDS)
 def test_height_and_width_are_the_sides_that_resemble_each_other(shape):
     network, seen = make_network(pixels(*shape, dtype=np.bool_)), []
     network.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(tuple(inputs[0].shape[1:])))
-    network(torch.zeros(1, *shape, dtype=torch.bool))
+    env, _ = wrapped(pixels(*shape, dtype=np.bool_))
+    network(torch.from_numpy(env.reset(seed=0)[0])[None])
     assert seen == [BOARDS[shape]]
 
 
 MNIH, MINATAR = [(32, 8, 4), (64, 4, 2), (64, 3, 1)], [(16, 3, 1)]
-# observations, frames in a stack -> convolutions (channels, kernel, stride) and numbers that they give
+# frames, how many in a stack -> convolutions (channels, kernel, stride) and numbers that they give
 IMAGES = {
-    "gray, stacked": (pixels(4, 84, 84), 4, MNIH, 3136),  # 64 * 7 * 7
-    "colours last, stacked": (pixels(4, 84, 84, 3), 4, MNIH, 3136),
-    "colours first, stacked": (pixels(2, 3, 84, 84), 2, MNIH, 3136),
+    "gray, stacked": (pixels(84, 84), 4, MNIH, 3136),  # 64 * 7 * 7
+    "colours last, stacked": (pixels(84, 84, 3), 4, MNIH, 3136),
+    "colours first, stacked": (pixels(3, 84, 84), 2, MNIH, 3136),
     "not square": (pixels(210, 160, 3), 1, MNIH, 64 * 22 * 16),
     "the smallest for Mnih's": (pixels(36, 40), 1, MNIH, 64),
     "too small for Mnih's": (pixels(35, 84), 1, MINATAR, 16 * 33 * 82),
     "MinAtar": (pixels(10, 10, 4, dtype=np.bool_), 1, MINATAR, 1024),
     "the smallest": (pixels(3, 5, 2), 1, MINATAR, 48),
     "too small": (pixels(2, 2, 3), 1, [], 12),
-    "too small, stacked": (pixels(4, 2, 84), 4, [], 672),
+    "too small, stacked": (pixels(2, 84), 4, [], 672),
     "a vector of bytes": (pixels(128), 1, [], 128),
-    "vectors of bytes, stacked": (pixels(4, 128), 4, [], 512),
+    "vectors of bytes, stacked": (pixels(128), 4, [], 512),
     "four dimensions": (pixels(5, 5, 5, 5), 1, [], 625),
     "numbers": (box(84, 84), 1, [], 7056),
+    "one number": (box(), 1, [], 1),
 }
 
 
@@ -148,26 +160,29 @@ def test_images_get_the_convolutions_for_their_size_and_all_else_none(kind):
 
 def test_convolutions_that_are_given_take_the_place_of_those_by_size():
     given = [(16, 8, 4), (32, 4, 2)]  # Mnih et al. 2013
-    network = make_network(pixels(4, 84, 84), convolutions=given, frame_stack=4)
+    network = make_network(pixels(84, 84), convolutions=given, frame_stack=4)
     assert convolutions_of(network) == (given, 32 * 9 * 9)
     assert convolutions_of(make_network(pixels(10, 10), convolutions=[(6, 2, 2)])) == ([(6, 2, 2)], 150)
     assert convolutions_of(make_network(box(84, 84), convolutions=given)) == ([], 7056), "numbers are no image"
 
 
 @pytest.mark.parametrize("frame_stack", [1, 2])
-def test_channels_last_and_channels_first_are_the_same_image(frame_stack):
-    stack = (frame_stack,) if frame_stack > 1 else ()
-    last = make_network(pixels(*stack, 40, 36, 3), frame_stack=frame_stack)
-    first = make_network(pixels(*stack, 3, 40, 36), frame_stack=frame_stack)
-    first.load_state_dict(last.state_dict())
-    images = torch.randint(256, (5, *stack, 40, 36, 3), dtype=torch.uint8)
-    values = last(images)
-    assert torch.allclose(values, first(images.movedim(-1, -3)), atol=1e-6)
-    assert not torch.allclose(values, last(images.flip(-1)), atol=1e-4), "channels matter"
+def test_channels_last_become_channels_first_with_their_bounds(frame_stack):
+    low, high = np.zeros((40, 36, 3), np.uint8), np.full((40, 36, 3), 255, np.uint8)
+    high[:, :, 1] = 9
+    env, _ = wrapped(gym.spaces.Box(low, high, dtype=np.uint8), frame_stack=frame_stack)
+    raw = Walk(gym.spaces.Box(low, high, dtype=np.uint8), limit=100)
+    frames = [raw.reset(seed=3)[0], *(raw.step(5)[0] for _ in range(4))]
+    seen = [env.reset(seed=3)[0], *(env.step(0)[0] for _ in range(4))]
+    for frame, observation in zip(frames, seen, strict=True):
+        newest = observation[-1] if frame_stack > 1 else observation
+        assert np.array_equal(newest, frame.transpose(2, 0, 1))
+        assert env.observation_space.contains(observation)
+    assert env.observation_space.high.reshape(-1, 3, 40, 36).max((0, 2, 3)).tolist() == [255, 9, 255]
 
 
 def test_the_channels_are_the_frames_oldest_first():
-    network = make_network(pixels(3, 4, 4), 1, hidden_sizes=(), frame_stack=3)
+    network = make_network(pixels(4, 4), 1, hidden_sizes=(), frame_stack=3)
     fill(network, None)
     with torch.no_grad():
         network.layers[0].weight[0, :, 1, 1] = torch.tensor([1.0, 10.0, 100.0])

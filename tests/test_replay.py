@@ -149,9 +149,8 @@ def test_the_example_of_the_docstring():
     for step in ((1.0, False, False, 11), (2.0, True, False, 12), (0, False, False, 20), (4.0, False, False, 21),
                  (8.0, False, True, 22), (0, False, False, 30), (16.0, False, False, 31)):
         add(*step)
-    assert buffer.is_reset[:8, 0].tolist() == [True, False, False, True, False, False, True, False]
-    assert buffer.terminated[:8, 0].tolist() == [False, False, True, False, False, False, False, False]
-    assert buffer.age[1:8, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert buffer.is_last[:8, 0].tolist() == [True, False, False, True, False, False, True, False]
+    assert buffer.is_terminal[:8, 0].tolist() == [False, False, False, True, False, False, False, False]
     batch = buffer.sample(200, np.random.default_rng(0))
     found = {observation: rest for observation, *rest in zip(
         batch.observations[:, 0].tolist(), batch.rewards.tolist(), batch.next_observations[:, 0].tolist(),
@@ -179,9 +178,9 @@ def held_bytes(buffer):
     return sum(array.nbytes for array in vars(buffer).values() if isinstance(array, np.ndarray | torch.Tensor))
 
 
-def test_a_transition_takes_its_frame_and_18_bytes():
+def test_a_transition_takes_its_frame_and_14_bytes():
     for num_envs in (1, 8, 64):
-        assert held_bytes(make_buffer(num_envs, buffer_size=10_000)) <= 1.03 * 10_000 * (8 + 18)
+        assert held_bytes(make_buffer(num_envs, buffer_size=10_000)) <= 1.03 * 10_000 * (8 + 14)
 
 
 def test_an_atari_transition_takes_7100_bytes_at_most():
@@ -190,8 +189,8 @@ def test_an_atari_transition_takes_7100_bytes_at_most():
 
 
 def test_a_buffer_that_does_not_fit_is_refused_before_memory_is_taken(monkeypatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2.5e6))
-    make_buffer(1, buffer_size=90_000)  # of 26 bytes each
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2.1e6))
+    make_buffer(1, buffer_size=90_000)  # of 22 bytes each
     monkeypatch.setattr(torch, "zeros", None)
     with pytest.raises(UsageError, match=r"^--buffer-size 100000: takes 0\.0 GiB of memory, .*; make it smaller$"):
         make_buffer(1, buffer_size=100_000)

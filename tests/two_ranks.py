@@ -31,16 +31,17 @@ def one_update():
     torch.save(dict(settings=settings, batch=list(batch), before=before, after=after), f"step{dqn.RANK}.pt")
 
 
-def die_once(step, **values):
-    """Stand in for check_finite."""
+def die_once(args, step, epsilon_at=dqn.epsilon_at):
+    """Stand in for epsilon_at."""
     if dqn.RANK == 1 and step == 700 and not Path("died").exists():
         Path("died").touch()
         os._exit(1)
+    return epsilon_at(args, step)
 
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        dqn.check_finite = die_once
+        dqn.epsilon_at = die_once
         if Path("died").exists():
             time.sleep(3 * dqn.RANK)  # rank 0 looks for rank 1 before that can say where it is
         dqn.main()

@@ -110,7 +110,7 @@ class ExploringStarts(gym.vector.VectorEnv):
         return self.one_hot[self.state], reward, terminated, truncated, {}
 
 
-def make_envs(args, num_envs, *_):
+def make_envs(args, num_envs, *_, **__):
     """Make exploring starts where dqn.py would make the environment itself."""
     return ExploringStarts(num_envs, args.env_id, **args.env_kwargs)
 
@@ -171,16 +171,15 @@ def prepare(run):
     dynamics, gamma = published(run.env_id), run.args.gamma
     optimal = dynamics.optimal(gamma)
 
-    class Log(dqn.Log):
-        def learning(self, values, agent, replay, step):
-            q = q_table(agent.q_network)
-            lost = optimal.max(1) - dynamics.value(q.argmax(1), gamma)
-            values |= {"q/error": dynamics.error(q, optimal), "policy/loss": max(lost[dynamics.states].max(), 0.0)}
-            super().learning(values, agent, replay, step)
+    def measure(agent, replay, step):
+        q = q_table(agent.q_network)
+        lost = optimal.max(1) - dynamics.value(q.argmax(1), gamma)
+        return {"q/error": dynamics.error(q, optimal), "policy/loss": max(lost[dynamics.states].max(), 0.0)}
 
-    dqn.Log, dqn.make_envs = Log, make_envs
+    sweep.log_more(measure)
+    dqn.make_envs = make_envs
     dqn.save_checkpoint = lambda *_: None  # nobody resumes these, and some buffers are large
-    dqn.LOG_FREQUENCY = 1_000 if run.setting.startswith("stairs") else run.args.total_timesteps
+    dqn.LOG_FREQUENCY = 1_000 if run.setting.startswith("stairs") else run.args.total_timesteps // 20
 
 
 def value_iteration(run):

@@ -4,17 +4,19 @@
 
 CleanRL's file needs Python packages of its own (torch 2.13.0, gymnasium 0.29.1, numpy 1.26.4), hence --cleanrl-python.
 Who is compared takes turns, and ratios are those within a round, since a shared machine's speed drifts. Every process
-has one thread. Steps per second are the last charts/SPS that a run logged, for Stable-Baselines3 those of learn().
+has one thread. Training is measured in CPU seconds of whole processes, less those that their imports take.
 """
 
 import contextlib
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -23,7 +25,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from sweep import dqn, head, line, scalars, timer
+from sweep import dqn, head, line, timer
 
 SB3 = Path(__file__).with_name("sb3_dqn.py")
 # Flags that all have, and what makes dqn.py the same otherwise.
@@ -44,29 +46,37 @@ class Options:
     tables: tuple[Literal["training", "whole", "pieces", "memory"], ...] = ("training", "whole", "pieces", "memory")
     cleanrl: Path | None = None  # CleanRL's dqn.py
     cleanrl_python: str = sys.executable  # Python that runs it
+    others: tuple[Path, ...] = ()  # other versions of dqn.py
     sb3: bool = True  # compare with Stable-Baselines3
     environments: tuple[int, ...] = (1, 8)  # of dqn.py and Stable-Baselines3
     steps: int = 40_000  # environment steps of a run on CartPole-v1
     repeats: int = 5  # rounds, each with its own seed
 
 
-def process(python, script, flags):
-    """Run a script in an empty folder with one thread; return wall seconds, steps per second if any, and its output."""
+def process(python, *arguments):
+    """Run Python in an empty folder with one thread; return wall seconds, CPU seconds, and what it printed."""
+    def cpu():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        done = subprocess.run([python, Path(script).resolve(), *flags.split()], cwd=folder, capture_output=True,
-                              text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        seconds = time.perf_counter() - start
+        start, before = time.perf_counter(), cpu()
+        done = subprocess.run([python, *arguments], cwd=folder, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
-        told = re.findall(r"steps/s ([\d.]+)", done.stdout)
-        told += [scalars(path)["charts/SPS"][-1][1] for path in Path(folder).glob("runs/*")]
-        return seconds, float(told[0]) if told else None, done.stdout
+        return time.perf_counter() - start, cpu() - before, done.stdout
 
 
-def contestants(name, python, script, flags, numbers):
-    """Make functions of a seed that run a script and return steps per second, by number of environments."""
-    return {f"{name}, {number} environment{'s' * (number > 1)}": lambda seed, number=number: process(
-        python, script, f"{flags} --num-envs {number} --seed {seed}")[1] for number in numbers}
+def contestants(name, python, script, flags, numbers, steps):
+    """Make functions of a seed that run a script and return steps per CPU second, by number of environments."""
+    script = str(Path(script).resolve())
+    imports = median(process(python, "-c", f"import runpy; runpy.run_path({script!r})")[1] for _ in range(3))
+
+    def run(seed, number):
+        words = f"{flags} --total-timesteps {steps} --num-envs {number} --seed {seed}".split()
+        return steps / (process(python, script, *words)[1] - imports)
+
+    return {f"{name}, {number} environment{'s' * (number > 1)}": partial(run, number=number) for number in numbers}
 
 
 def spread(values, digits):
@@ -76,9 +86,9 @@ def spread(values, digits):
 
 
 def rounds(title, runs, repeats):
-    """Let contestants take turns; print the steps per second of each, and their ratio to the first one's."""
+    """Let contestants take turns; print the steps per CPU second of each, and their ratio to the first one's."""
     speeds = [[run(seed) for run in runs.values()] for seed in range(1, repeats + 1)]
-    head(title, "steps/s: median (lowest–highest)", "over the first row's of the same round")
+    head(title, "steps per CPU second: median (lowest–highest)", "over the first row's of the same round")
     for place, name in enumerate(runs):
         ratios = [each[place] / each[0] for each in speeds]
         line(name, spread([each[place] for each in speeds], 0), spread(ratios, 2))
@@ -86,13 +96,14 @@ def rounds(title, runs, repeats):
 
 def training(options):
     """Compare training alone at CleanRL's setting: no evaluation but the last, plain DQN."""
-    flags = f"{CARTPOLE} --total-timesteps {options.steps}"
-    runs = {}
+    runs, ours = {}, {"dqn.py": dqn.__file__} | {str(path): path for path in options.others}
     if options.cleanrl:
-        runs |= contestants("CleanRL", options.cleanrl_python, options.cleanrl, flags, (1,))
-    runs |= contestants("dqn.py", sys.executable, dqn.__file__, f"{flags} {PLAIN}", options.environments)
+        runs |= contestants("CleanRL", options.cleanrl_python, options.cleanrl, CARTPOLE, (1,), options.steps)
+    for name, path in ours.items():
+        flags = f"{CARTPOLE} {PLAIN}"
+        runs |= contestants(name, sys.executable, path, flags, options.environments, options.steps)
     if options.sb3:
-        runs |= contestants("Stable-Baselines3", sys.executable, SB3, flags, options.environments)
+        runs |= contestants("Stable-Baselines3", sys.executable, SB3, CARTPOLE, options.environments, options.steps)
     rounds(f"CartPole-v1, {options.steps:,} steps, training alone", runs, options.repeats)
 
 
@@ -101,8 +112,8 @@ def whole(options):
     head("seed", "dqn.py", "its return at the end", "Stable-Baselines3", "its return at the end", "ratio")
     seeds, times = range(1, options.repeats + 1), []
     for seed in seeds:
-        ours, _, our_words = process(sys.executable, dqn.__file__, f"{WHOLE} --seed {seed}")
-        theirs, _, their_words = process(sys.executable, SB3, f"{ZOO} --seed {seed}")
+        ours, _, our_words = process(sys.executable, dqn.__file__, *f"{WHOLE} --seed {seed}".split())
+        theirs, _, their_words = process(sys.executable, SB3, *f"{ZOO} --seed {seed}".split())
         reached, their_return = (re.findall(r"return ([\d.]+)", words)[-1] for words in (our_words, their_words))
         times.append((ours, theirs))
         line(seed, f"{ours:.1f} s", f"{float(reached):.1f}", f"{theirs:.1f} s", f"{float(their_return):.1f}",
@@ -119,7 +130,7 @@ def memory(options):
     args = dqn.parse_args("--env-id ALE/Pong-v5 --num-envs 1 --buffer-size 1000".split())
     with contextlib.closing(dqn.make_envs(args, 1)) as envs:
         replay = dqn.ReplayBuffer(args, envs, torch.device("cpu"))
-        size = sum(torch.as_tensor(getattr(replay, name)).nbytes for name in replay.STATE) / replay.num_rows
+        size = sum(torch.as_tensor(getattr(replay, name)).nbytes for name in replay.ARRAYS) / replay.num_rows
         buffer = ReplayBuffer(1000, gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), envs.single_action_space)
     arrays = buffer.observations, buffer.next_observations, buffer.actions, buffer.rewards, buffer.dones
     theirs = sum(array.nbytes for array in (*arrays, buffer.timeouts)) / 1000
@@ -129,7 +140,7 @@ def memory(options):
 
 
 def pieces(options):
-    """Time the pieces of a step at CleanRL's setting, in the order of dqn.train."""
+    """Time the pieces of a step at CleanRL's setting, in the order of dqn.learn."""
     torch.set_num_threads(1)
     head("µs, median of the calls", "act", "envs.step", "add", "sample", "update", "together, an environment step")
     for number in options.environments:

@@ -72,6 +72,21 @@ def timer(function, seconds):
     return call
 
 
+def log_more(measure, Log=dqn.Log, learn=dqn.learn):  # noqa: N803
+    """Have dqn.train log what `measure(agent, replay, step)` returns, too, whenever it logs losses."""
+    class LogMore(Log):
+        def record(self, infos, epsilon, metrics, steps):
+            if metrics:
+                metrics = metrics | measure(self.agent, self.replay, steps[-1])
+            super().record(infos, epsilon, metrics, steps)
+
+    def learn_more(args, envs, eval_envs, agent, replay, log, *rest):
+        log.agent, log.replay = agent, replay
+        learn(args, envs, eval_envs, agent, replay, log, *rest)
+
+    dqn.Log, dqn.learn = LogMore, learn_more
+
+
 def rows_of(run, values):
     """Make rows of (step, tag, value)."""
     git = ["git", "log", "-1", "--format=%h", "--", dqn.__file__]  # the last commit that changed the file

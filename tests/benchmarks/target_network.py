@@ -58,23 +58,22 @@ class Agent(dqn.Agent):
             self.path += (self.targets - old).abs().mean().item()
 
 
-class Log(dqn.Log):
-    """Logs how far targets moved in each gradient step since the last entry, and the largest |Q| in 256 states."""
-
-    @torch.no_grad()
-    def learning(self, values, agent, replay, step):
-        rng = np.random.default_rng(step)
-        if agent.batch:
-            gradient_steps = (step - agent.step) / self.args.train_frequency
-            largest = agent.q_network(replay.sample(256, rng).observations).abs().max()
-            values |= {"target/path": agent.path / gradient_steps, "q/largest": largest}
-        agent.watch(agent.batch or replay.sample(64, rng), step)
-        super().learning(values, agent, replay, step)
+@torch.no_grad()
+def measure(agent, replay, step):
+    """Tell how far targets moved in each gradient step since the last entry, and the largest |Q| in 256 states."""
+    rng, values = np.random.default_rng(step), {}
+    if agent.batch:
+        gradient_steps = (step - agent.step) / agent.args.train_frequency
+        largest = agent.q_network(replay.sample(256, rng).observations).abs().max()
+        values = {"target/path": agent.path / gradient_steps, "q/largest": largest}
+    agent.watch(agent.batch or replay.sample(64, rng), step)
+    return values
 
 
 def prepare(run):
     """Have dqn.train use both."""
-    dqn.Agent, dqn.Log, dqn.LOG_FREQUENCY = Agent, Log, 5_000
+    sweep.log_more(measure)
+    dqn.Agent, dqn.LOG_FREQUENCY = Agent, min(5_000, run.args.total_timesteps // 20)
 
 
 def runs(options):
