@@ -311,7 +311,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line_and_its_best_net
     run_dir = train(resume="runs/it", total_timesteps=300)
     path = run_dir / "checkpoint-300-0-of-1.pt"
     saved = torch.load(path)
-    del saved["replay"]["is_last"]  # as before 2026-12
+    del saved["replay"]["is_last"]  # as in versions that had other flags
     torch.save(saved, path)
     process = cli("--resume runs/it --total-timesteps 400", status=2)
     assert process.err == f"dqn.py: error: {path} does not fit this dqn.py: 'is_last'\n"
