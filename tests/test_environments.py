@@ -1,6 +1,7 @@
 """make_envs: an environment id becomes environments that step together; what others' environments taught."""
 
 import functools
+import multiprocessing
 import signal
 
 import gymnasium as gym
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import dqn
-from conftest import MAIN, finish, flags, gone, start, until
+from conftest import MAIN, finish, flags, gone, start, train, until
 from dqn import Args, UsageError, make_envs
 from environments import SPACES
 
@@ -153,6 +154,13 @@ def test_environments_in_processes_train_to_the_bit_as_in_one_and_leave_none_beh
         until(lambda process=process: gone(process), timeout=5)
         models.append(torch.load(in_tmp / folder / "model.pt"))
     assert all(torch.equal(models[0][name], model[name]) for model in models for name in model)
+
+
+def test_a_run_that_fails_leaves_no_process_of_its_environments(in_tmp):
+    with pytest.raises(OSError, match="the motor is broken") as error:
+        train(env_id="environments:Faulty-raise-v0", num_envs=2, async_envs=True, total_timesteps=3000)
+    assert error.tb, "which would keep what is not closed"
+    assert not multiprocessing.active_children()
 
 
 def test_environments_of_this_process_leave_its_signals_alone():

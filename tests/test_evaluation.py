@@ -154,6 +154,18 @@ def test_load_gives_the_network_for_a_loop_of_ones_own(in_tmp):
     assert total == 1.0
 
 
+def test_each_episode_has_a_seed_of_its_own_side_by_side_or_on_video(in_tmp, monkeypatch):
+    rounds = []
+    monkeypatch.setattr(dqn, "greedy_returns", lambda q_network, envs, seed, max_steps: (
+        rounds.append((seed, envs.num_envs)), np.full(envs.num_envs, seed))[1])
+    beside = dqn.play(None, Args(), 3)
+    videos = dqn.play(None, Args(), 3, str(in_tmp / "videos"))
+    first = rounds[0][0]
+    assert rounds == [(first, 3), (first, 1), (first + 1, 1), (first + 2, 1)]
+    assert beside.tolist() == [first] * 3
+    assert videos.tolist() == [first, first + 1, first + 2]
+
+
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "ALE/Pong-v5"])
 def test_videos_show_greedy_episodes_of_the_last_network_and_of_the_best(env_id, cli, in_tmp):
     settings = SHORT | dict(env_id=env_id, capture_video=True, eval_max_steps=8, total_timesteps=250)
