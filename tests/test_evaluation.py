@@ -61,10 +61,17 @@ def test_the_run_ends_once_an_evaluation_reaches_the_stop_return_and_plays_other
     seeds, play = [], dqn.greedy_returns
     monkeypatch.setattr(dqn, "greedy_returns", lambda q_network, envs, seed, max_steps: (
         seeds.append((envs.num_envs, seed)), play(q_network, envs, seed, max_steps))[1])
-    run_dir = train(stop_return=5.0)
+    run_dir = train(env_id="environments:Trail-v0", stop_return=5.0)  # what its every episode returns
     assert (run_dir / "checkpoint-500-0-of-1.pt").exists()
-    assert [count for count, _ in seeds] == [2, 100]
-    assert len({seed for _, seed in seeds}) == 2
+    train()
+    assert [count for count, _ in seeds] == [2, 100, 2, 2, 2, 100]
+    assert len({seed for _, seed in seeds}) == 4, "each evaluation has its own; those of two runs of a seed are equal"
+
+
+def test_of_networks_that_are_equally_good_the_last_is_kept(in_tmp):
+    run_dir = train(env_id="environments:Trail-v0")
+    kept, last = torch.load(run_dir / "model.pt"), torch.load(run_dir / "checkpoint-1200-0-of-1.pt")["q_network"]
+    assert all(torch.equal(kept[name], last[name]) for name in kept)
 
 
 class Constant(torch.nn.Module):

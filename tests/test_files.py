@@ -128,12 +128,23 @@ def test_the_newest_checkpoint_of_which_all_parts_are_there_is_the_one_in_force(
     for name in ("checkpoint-9000-0-of-2.pt", ".checkpoint-9999-0-of-1.pt.tmp"):
         (run_dir / name).write_bytes(b"half")
     best_return = torch.load(whole)["best_return"]
+    torch.save(torch.load(whole) | {"global_step": 700}, run_dir / "checkpoint-700-0-of-1.pt")
     assert dqn.load_checkpoint(run_dir, {}) == dqn.Progress(1200, best_return)
     monkeypatch.setattr(dqn, "WORLD_SIZE", 2)
     assert dqn.load_checkpoint(run_dir, {}) == dqn.Progress(), "rank 1 lacks its part"
     monkeypatch.setattr(dqn, "WORLD_SIZE", 3)
     with pytest.raises(UsageError, match=rf"--resume {run_dir}: 3 processes are not as many as before"):
         dqn.load_checkpoint(run_dir, {})
+
+
+def test_an_old_part_is_kept_until_all_processes_have_saved_theirs(tmp_path, monkeypatch):
+    dqn.save_checkpoint(tmp_path, {}, dqn.Progress(10))
+    seen = []
+    monkeypatch.setattr(dqn.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dqn.dist, "barrier", lambda: seen.extend(path.name for path in tmp_path.iterdir()))
+    dqn.save_checkpoint(tmp_path, {}, dqn.Progress(20))
+    assert sorted(seen) == ["checkpoint-10-0-of-1.pt", "checkpoint-20-0-of-1.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-20-0-of-1.pt"]
 
 
 def test_a_run_that_is_finished_is_not_touched_and_goes_on_with_more_steps(cli, in_tmp):

@@ -194,6 +194,9 @@ def test_a_buffer_that_does_not_fit_is_refused_before_memory_is_taken(monkeypatc
     monkeypatch.setattr(torch, "zeros", None)
     with pytest.raises(UsageError, match=r"^--buffer-size 100000: takes 0\.0 GiB of memory, .*; make it smaller$"):
         make_buffer(1, buffer_size=100_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes share the memory
+    with pytest.raises(UsageError, match=r"^--buffer-size 90000: "):
+        make_buffer(1, buffer_size=90_000)
 
 
 def test_a_million_atari_transitions_need_between_6_and_7_2_gigabytes(monkeypatch):

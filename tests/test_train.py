@@ -37,6 +37,28 @@ def test_another_seed_is_another_run(in_tmp):
     assert not any(map(torch.equal, one.values(), other.values()))
 
 
+def test_cudnn_is_deterministic_where_that_is_asked(in_tmp):
+    for asked in (False, True):
+        train(torch_deterministic=asked, total_timesteps=300)
+        assert torch.backends.cudnn.deterministic == asked
+
+
+def test_each_rank_draws_its_own_numbers_and_its_part_of_a_batch(monkeypatch):
+    args = Args(num_envs=4, batch_size=32, learning_starts=100, total_timesteps=200, eval_frequency=0, tuned=False)
+    drawn, sample = {}, dqn.ReplayBuffer.sample
+    monkeypatch.setattr(dqn, "WORLD_SIZE", 2)
+    monkeypatch.setattr(dqn.ReplayBuffer, "sample", lambda self, batch_size, rng: (
+        drawn[dqn.RANK].append((batch_size, rng.random())), sample(self, batch_size, rng))[1])
+    for rank in (1, 2):  # ranks without a log
+        monkeypatch.setattr(dqn, "RANK", rank)
+        drawn[rank] = []
+        envs = dqn.make_envs(args, 2)
+        agent, replay = (kind(args, envs, torch.device("cpu")) for kind in (dqn.Agent, dqn.ReplayBuffer))
+        dqn.learn(args, envs, None, agent, replay, None, dqn.Progress(), [])
+    assert {size for part in drawn.values() for size, _ in part} == {16}
+    assert len({number for part in drawn.values() for _, number in part}) == 20, "ten gradient steps each"
+
+
 def test_nothing_happens_at_import(tmp_path):
     code = "import sys, dqn; assert 'wandb' not in sys.modules; print(dqn.Args())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
