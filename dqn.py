@@ -962,7 +962,7 @@ def check_video(args):
     """Raise UsageError if episodes cannot be recorded: before a run, not after it."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            envs = make_envs(args, 1, video_folder=folder)
+            envs = make_envs(args, 1, video_folder=f"{folder}/videos")
             envs.reset()
             envs.close()
     except Exception as error:

@@ -178,6 +178,7 @@ def test_videos_show_greedy_episodes_of_the_last_network_and_of_the_best(env_id,
     settings = SHORT | dict(env_id=env_id, capture_video=True, eval_max_steps=8, total_timesteps=250)
     process = cli(**settings, resume="runs/it")
     assert "videos: runs/it/videos/last" in process.out
+    assert "Overwriting" not in process.err, "Gymnasium warns where there is a folder already"
     assert "videos: runs/it/videos/best" in cli("--evaluate runs/it --capture-video").out
     for kind in ("last", "best"):
         videos = sorted(in_tmp.glob(f"runs/it/videos/{kind}/*.mp4"))
