@@ -47,7 +47,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -71,8 +71,9 @@ from tqdm import tqdm
 
 # torchrun starts several processes. Each has its part of the environments, the buffer and every
 # batch, and gradients are averaged. Without torchrun, this process is the only one.
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # how many processes there are
-RANK = int(os.environ.get("RANK", 0))  # this one; 0 evaluates, and logs its own episodes and loss
+IS_LAUNCHED = {"WORLD_SIZE", "RANK", "MASTER_ADDR"} <= os.environ.keys()
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IS_LAUNCHED else 1  # how many processes there are
+RANK = int(os.environ["RANK"]) if IS_LAUNCHED else 0  # this one; 0 evaluates, and logs its own part
 
 
 class UsageError(ValueError):
@@ -128,8 +129,9 @@ class Args:
     exploration_fraction: float = 0.2  # share of total_timesteps that the decay takes
     # evaluation, saving, logging
     eval_frequency: int = 25_000  # steps between two greedy evaluations; 0: only at the end
-    eval_episodes: int = 20  # episodes of an evaluation, played side by side
+    eval_episodes: int = 20  # episodes of an evaluation, played side by side; 0: no evaluations
     eval_max_steps: int = 10_000  # an episode of an evaluation is cut after so many steps
+    final_episodes: int = 100  # episodes of the last network at the end; 0: none
     stop_return: float = math.inf  # end the run once an evaluation reaches this mean return
     checkpoint_frequency: int = 50_000  # steps between checkpoints, which cut episodes; 0: at end
     save_model: bool = True  # write model.pt, the best network by greedy evaluation
@@ -382,7 +384,7 @@ class Agent:
         self.args = args
         self.num_actions = envs.single_action_space.n
         self.device = device
-        self.q_network = QNetwork(args, envs).to(device)
+        self.q_network = QNetwork(args, envs).to(device).eval()  # but for `update`
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
         parameters = self.q_network.parameters()
         self.optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
@@ -423,10 +425,12 @@ class Agent:
     def update(self, batch, learning_rate):
         """Take one gradient step that brings Q(s, a) closer to its target; return what to log."""
         td_target = self.td_target(batch)
+        self.training_network.train()  # for layers such as dropout
         q_values = self.training_network(batch.observations)  # (B, actions)
         q_values = q_values.gather(1, batch.actions[:, None]).squeeze(1)
         loss_function = F.mse_loss if self.args.loss == "mse" else F.huber_loss
         loss = loss_function(q_values, td_target)
+        self.training_network.eval()
         self.optimizer.zero_grad()
         loss.backward()
         if self.args.max_grad_norm < math.inf:
@@ -523,84 +527,94 @@ def learn(args, envs, eval_envs, agent, replay, log, progress, signals):
         if RANK == 0:  # the others have no log and no eval_envs
             log.record(infos, epsilon, metrics if log_due else {}, steps)
         if eval_due:  # the others wait for what it finds
-            progress.best_return = evaluate(args, agent.q_network, eval_envs, log, progress)
+            progress.best_return = evaluate(args, agent, eval_envs, log, progress, signals)
 
 
 # ------------------------------------------------------------------------------------ a whole run
-def train(args, signals=()):
+def train(args):
     """Train, or go on with a run that was stopped; return its folder.
 
-    Once there is something in `signals`, the run finishes its step, saves and ends. Raises
-    UsageError for a setting that cannot work, and TrainingError if learning went wrong.
+    At a signal such as Ctrl-C, a run finishes its step, saves, and raises KeyboardInterrupt.
+    Raises UsageError for a setting that cannot work, and TrainingError if learning went wrong.
     """
     validate(args)
-    device = start_processes(args)
-    torch.manual_seed(args.seed)  # the same first weights in all processes
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    with ExitStack() as at_the_end:  # close what is open, however the run ends
+    with ExitStack() as at_the_end:  # give back what is taken, however the run ends
+        device = start_processes(args, at_the_end)
+        signals = catch_signals(at_the_end)
         envs = make_envs(args, args.num_envs // WORLD_SIZE, args.async_envs)
-        at_the_end.callback(envs.close)
+        at_the_end.callback(close_envs, envs)
         agent = make_agent(args, envs, device)
         replay = ReplayBuffer(args, envs, device)
         if args.capture_video:
             check_video(args)
-
         # Open its folder, and go on where an earlier process ended.
-        run_dir, lock = open_run_dir(args)
-        at_the_end.callback(lock.release)
+        run_dir = open_run_dir(args, at_the_end)
         parts = dict(q_network=agent.q_network, target_network=agent.target_network,
                      optimizer=agent.optimizer, replay=replay)  # of a checkpoint
         progress = load_checkpoint(run_dir, parts)
-        if progress.finished(args):
-            say(f"{run_dir} is finished; go on with a higher --total-timesteps or --stop-return")
+        done = run_dir / "result.json"  # written last
+        if progress.finished(args) and done.exists():
+            say(f"{run_dir}: complete; to go on, raise {json.loads(done.read_text())['ended_by']}")
             return run_dir
         step = progress.global_step
         say(f"{run_dir}: {f'goes on at step {step:,}' if step else 'a new run'}")
-        if step and load_args(run_dir).total_timesteps != args.total_timesteps:
-            say(f"{flag(args, 'total_timesteps')} is new: epsilon and learning rate follow it now")
         log = eval_envs = None
         if RANK == 0:
+            done.unlink(missing_ok=True)
             save(run_dir / "args.json", asdict(args) | {"resume": None})
-            log = Log(args, run_dir, step)
-            at_the_end.callback(log.close)
-            eval_envs = make_envs(args, args.eval_episodes)
-            at_the_end.callback(eval_envs.close)
+            log = Log(args, run_dir, step, at_the_end)
+            if args.eval_episodes:
+                eval_envs = make_envs(args, args.eval_episodes)
+                at_the_end.callback(close_envs, eval_envs)
 
         while not (progress.finished(args) or signals):
             learn(args, envs, eval_envs, agent, replay, log, progress, signals)
             if RANK == 0:
                 log.writer.flush()
             save_checkpoint(run_dir, parts, progress)
-    if RANK == 0:
-        finish(args, agent.q_network, run_dir, progress)
+        close_envs(envs)  # of some simulators only one can run at a time
+        if RANK == 0 and progress.finished(args) and not signals:
+            finish(args, agent.q_network, log, progress, signals)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if signals and not done.exists():
+        say(f"interrupted; to go on: python dqn.py --resume {run_dir}")
+        raise KeyboardInterrupt(signals[0])
     return run_dir
 
 
 def make_agent(args, envs, device):
-    """Make the agent. Raises UsageError if the convolutions do not fit the observations."""
-    try:
+    """Make the agent."""
+    with blame(flag(args, "convolutions"), RuntimeError, "Kernel size", "; try smaller ones"):
         agent = Agent(args, envs, device)
-    except RuntimeError as error:
-        if "Kernel size" not in str(error):
-            raise
-        raise UsageError(f"{flag(args, 'convolutions')}: {error}; try smaller ones") from error
     if not agent.q_network.is_image:
         torch.set_num_threads(1)  # for small layers several threads are slower
     return agent
 
 
-def finish(args, q_network, run_dir, progress):
-    """Say how the run ended; if it came to its end, let the last network play."""
-    if not progress.finished(args):
-        say(f"interrupted; to go on: python dqn.py --resume {run_dir}")
+def finish(args, q_network, log, progress, signals):
+    """Let the last network play, then write result.json; a run that lacks it comes here again."""
+    folder = log.run_dir
+    if args.save_model and progress.best_return == -math.inf:  # no evaluation chose one
+        save(folder / "model.pt", q_network.state_dict())
+    if args.final_episodes:
+        returns = play(q_network, args, args.final_episodes, signals=signals)
+    if args.capture_video and not signals:
+        play(q_network, args, 3, f"{folder}/videos/last", signals)
+    if signals:
         return
-    say(f"at the end: return {describe(play(q_network, args, FINAL_EPISODES))}")
-    if args.capture_video:
-        play(q_network, args, VIDEO_EPISODES, f"{run_dir}/videos/last")
-        say(f"videos: {run_dir}/videos/last")
-    say(f"look at it: tensorboard --logdir {run_dir.parent}")
+    limit = "stop_return" if progress.best_return >= args.stop_return else "total_timesteps"
+    result = asdict(progress) | dict(
+        ended_by=flag(args, limit), seconds=time.time() - log.start_time, python=sys.version,
+        torch=torch.__version__, gymnasium=gym.__version__, numpy=np.__version__,
+    )
+    if args.final_episodes:
+        result |= dict(episodes=len(returns), mean=returns.mean(), std=returns.std())
+        log.scalars({"eval/final_return": returns.mean()}, progress.global_step)
+        say(f"at the end: return {describe(returns)}")
+    # JSON has no NaN and no infinity.
+    save(folder / "result.json", json.loads(json.dumps(result), parse_constant=lambda name: None))
+    say(f"look at it: tensorboard --logdir {folder.parent}")
 
 
 # ------------------------------------------------------------------------------------ environments
@@ -616,7 +630,7 @@ class WithoutInfo(gym.Wrapper):
 
 def wrap(env, args, video_folder, main_pid):
     """Bring an environment into the core's form: actions from 0; images, or vectors of numbers."""
-    if os.getpid() != main_pid:  # a process of async_envs leaves Ctrl-C to the main one
+    if os.getpid() != main_pid:  # a process of async_envs leaves signals to the main one
         on_stop(signal.SIG_IGN)
     if video_folder:
         env = wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
@@ -675,20 +689,30 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
         )
         options |= dict(frameskip=1) if is_atari else {}  # AtariPreprocessing skips frames
         options |= dict(render_mode="rgb_array") if video_folder else {}
-    try:
+    with (
+        blame(flag(args, "env_id"), (ImportError, gym.error.Error), "", "; is it installed?"),
+        blame(flag(args, "env_kwargs"), TypeError, "keyword argument"),
+    ):
         if is_atari:
             import ale_py  # noqa: F401  (registers the games)
         envs = gym.make_vec(args.env_id, num_envs, **options, **args.env_kwargs)
-    except (ImportError, gym.error.Error) as error:
-        raise UsageError(f"{flag(args, 'env_id')}: {error}; is it installed?") from error
-    except TypeError as error:
-        if "keyword argument" not in str(error):
-            raise
-        raise UsageError(f"{flag(args, 'env_kwargs')}: {error}") from error
     actions = envs.single_action_space
     if not isinstance(actions, spaces.Discrete):
         raise UsageError(f"{flag(args, 'env_id')}: DQN needs Discrete actions, not {actions}")
     return wrappers.vector.RecordEpisodeStatistics(envs) if has_own_vector else envs
+
+
+def close_envs(envs):
+    """Close environments. Raises TrainingError if a process of --async-envs has died."""
+    processes = getattr(envs.unwrapped, "processes", [])
+    for process in processes:
+        process.join(0.1)  # what has just died may not be dead yet
+    if any(process.exitcode for process in processes):  # closing would wait for it
+        for process in processes:
+            process.kill()  # the others heed nothing else, see `wrap`
+        envs.unwrapped.closed = True
+        raise TrainingError("a process of --async-envs died; --resume goes on from the checkpoint")
+    envs.close()
 
 
 # --------------------------------------------------------------------------------------------- log
@@ -698,9 +722,8 @@ LOG_FREQUENCY = 500  # steps between two entries of losses
 class Log:
     """What the user sees of a run: TensorBoard, and a progress bar or lines."""
 
-    def __init__(self, args, run_dir, step):
+    def __init__(self, args, run_dir, step, at_the_end):
         self.run_dir = run_dir
-        self.line_frequency = max(args.total_timesteps // 20, 1)
         self.returns = deque(maxlen=20)  # of the last training episodes
         self.start_time = time.time()
         self.start_step = step
@@ -708,12 +731,15 @@ class Log:
             import wandb
             wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name,
                        id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
+            at_the_end.callback(wandb.finish)
         # purge_step hides what was logged after the checkpoint that this run goes on from.
         self.writer = SummaryWriter(str(run_dir), purge_step=step + 1, flush_secs=10)
         rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
         self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{rows}", step)
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", file=sys.stdout,
                         disable=None)  # on a terminal only
+        at_the_end.callback(self.writer.close)
+        at_the_end.callback(self.bar.close)
 
     def record(self, infos, epsilon, metrics, steps):
         """Log the episodes that have just ended, and the metrics of a gradient step if given."""
@@ -728,7 +754,7 @@ class Log:
             speed = (steps[-1] - self.start_step) / (time.time() - self.start_time)
             self.scalars(metrics | {"charts/epsilon": epsilon, "charts/SPS": speed}, steps[-1])
         self.bar.update(len(steps))
-        if due(self.line_frequency, steps):
+        if due(self.bar.total // 20 or 1, steps):
             recent = f"return {np.mean(self.returns):.1f}, " if self.returns else ""
             status = f"{recent}epsilon {epsilon:.2f}"
             self.bar.set_postfix_str(status)
@@ -740,41 +766,35 @@ class Log:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
 
-    def close(self):
-        """Write what is pending."""
-        self.bar.close()
-        self.writer.close()
-
-
 def say(text):
     """Print a line at once, above the progress bar; in the first process only."""
     if RANK == 0:
-        with suppress(OSError):  # a closed terminal is no reason to end a run
+        try:
             tqdm.write(text)
             sys.stdout.flush()
+        except OSError:  # a closed terminal or pipe is no reason to end a run: fall silent
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 # -------------------------------------------------------------------------------------- evaluation
-FINAL_EPISODES = 100  # of the last network, at the end
-VIDEO_EPISODES = 3
-
-
-def evaluate(args, q_network, envs, log, progress):
+def evaluate(args, agent, envs, log, progress, signals):
     """Play greedy episodes, keep the network if none was better; return the best mean return."""
     best_return = progress.best_return
-    if RANK == 0:  # the others wait for what this process finds
+    if envs is not None:  # the other processes wait for what the first one finds
         seed = derive_seed(args.seed, EVALUATION, progress.global_step)
-        returns = greedy_returns(q_network, envs, seed, args.eval_max_steps)
+        returns = greedy_returns(agent.q_network, envs, seed, args.eval_max_steps, signals)
+        if signals:  # they were cut: drop them
+            return best_return
         log.scalars({"eval/episodic_return": returns.mean()}, progress.global_step)
         say(f"step {progress.global_step:,}: greedy return {describe(returns)}")
         if args.save_model and returns.mean() >= best_return:
-            save(log.run_dir / "model.pt", q_network.state_dict())
+            save(log.run_dir / "model.pt", agent.q_network.state_dict())
         best_return = max(best_return, float(returns.mean()))
     return from_rank_0(best_return)
 
 
 @torch.no_grad()
-def greedy_returns(q_network, envs, seed, max_steps):
+def greedy_returns(q_network, envs, seed, max_steps, signals=()):
     """Play one greedy episode in each environment (seed, seed + 1, ...); return returns (N,)."""
     device = next(q_network.parameters()).device
     observations, _ = envs.reset(seed=seed)
@@ -785,28 +805,39 @@ def greedy_returns(q_network, envs, seed, max_steps):
         observations, rewards, terminated, truncated, _ = envs.step(actions)
         returns += rewards * running
         running &= ~(terminated | truncated)
-        if not running.any():
+        if signals or not running.any():  # a signal cuts episodes
             return returns
     say(f"{running.sum()} of {len(running)} episodes were cut by --eval-max-steps {max_steps}")
     return returns
 
 
-def play(q_network, args, episodes, video_folder=""):
-    """Play fresh greedy episodes, side by side or on video; return their returns (episodes,)."""
-    num_envs = 1 if video_folder else episodes
+def play(q_network, args, episodes, video_folder="", signals=()):
+    """Play fresh greedy episodes in rounds, or on video; return their returns (episodes,)."""
+    num_envs = args.num_envs if args.async_envs else args.eval_episodes or args.num_envs
+    num_envs = 1 if video_folder else min(num_envs, episodes)
     first_seed = derive_seed(args.seed, PLAY, 0)
     seeds = range(first_seed, first_seed + episodes, num_envs)
-    with closing(make_envs(args, num_envs, video_folder=video_folder)) as envs:
-        returns = [greedy_returns(q_network, envs, seed, args.eval_max_steps) for seed in seeds]
-    return np.concatenate(returns)
+    rounds = tqdm(seeds, "rounds of episodes", leave=False, file=sys.stdout, disable=None)
+    envs = make_envs(args, num_envs, args.async_envs, video_folder)
+    try:
+        returns = [greedy_returns(q_network, envs, seed, args.eval_max_steps, signals)
+                   for seed in rounds if not signals]
+    finally:
+        close_envs(envs)
+    if video_folder:
+        say(f"videos: {video_folder}")
+    return np.ravel(returns)[:episodes]
 
 
 def load(run_dir):
     """Load the best network of a run."""
     args = load_args(run_dir)
-    with closing(make_envs(args, 1)) as envs:
-        q_network = QNetwork(args, envs)
-    q_network.load_state_dict(read_tensors(Path(run_dir, "model.pt")))
+    envs = make_envs(args, 1)
+    q_network = QNetwork(args, envs).eval()
+    envs.close()
+    path = Path(run_dir, "model.pt")
+    with blame(f"{path} does not fit this dqn.py", RuntimeError):
+        q_network.load_state_dict(read_tensors(path))
     return q_network
 
 
@@ -834,80 +865,72 @@ def save(path, content):
 
 def read_tensors(path):
     """Read tensors and numbers that `save` wrote; weights_only: a file cannot run code."""
-    try:
+    with blame(f"{path} cannot be read", Exception):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise UsageError(f"{path} cannot be read: {error!s:.200}") from error
 
 
 def save_checkpoint(run_dir, parts, progress):
-    """Save this process's part; remove the one before once all processes have saved theirs.
-
-    Environments and random numbers are not in it: see `restart`.
-    """
+    """Save this process's part; remove the one before once all processes have saved theirs."""
     path = run_dir / f"checkpoint-{progress.global_step}-{RANK}-of-{WORLD_SIZE}.pt"
     save(path, asdict(progress) | {name: part.state_dict() for name, part in parts.items()})
     if dist.is_initialized():
         dist.barrier()
-    for old in run_dir.glob(f"checkpoint-*-{RANK}-of-{WORLD_SIZE}.pt"):
+    for old in run_dir.glob(f"*checkpoint-*-{RANK}-of-{WORLD_SIZE}.pt*"):  # half-written ones, too
         if old != path:
             old.unlink()
 
 
 def load_checkpoint(run_dir, parts):
     """Restore the newest checkpoint that all processes have saved; return the progress it had."""
-    paths = run_dir.glob(f"checkpoint-*-of-{WORLD_SIZE}.pt")
-    steps = [int(path.name.split("-")[1]) for path in paths]
+    names = [path.stem.split("-") for path in run_dir.glob("checkpoint-*.pt")]
+    steps = [int(name[1]) for name in names if name[-1] == str(WORLD_SIZE)]
     whole = [step for step in steps if steps.count(step) == WORLD_SIZE]
-    if not steps and any(run_dir.glob("checkpoint-*.pt")):
-        raise UsageError(f"--resume {run_dir}: {WORLD_SIZE} processes are not as many as before")
+    if names and not steps:
+        raise UsageError(f"--resume {run_dir}: needs {names[0][-1]} processes, not {WORLD_SIZE}")
     if not whole:
         return Progress()
     path = run_dir / f"checkpoint-{max(whole)}-{RANK}-of-{WORLD_SIZE}.pt"
     saved = read_tensors(path)
     saved["optimizer"] = copy.deepcopy(saved["optimizer"])  # or it would keep the file mapped
-    try:
+    with blame(f"{path} does not fit this dqn.py", (KeyError, RuntimeError, ValueError)):
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{path} does not fit this dqn.py: {error}") from error
     return Progress(saved["global_step"], saved["best_return"])
 
 
 def load_args(run_dir):
     """Read the settings of a run."""
-    try:
+    with blame(f"{run_dir} is not the folder of a run of this dqn.py", Exception):
         saved = json.loads(Path(run_dir, "args.json").read_text())
         saved["convolutions"] = tuple(map(tuple, saved["convolutions"]))  # JSON has lists only
         saved["hidden_sizes"] = tuple(saved["hidden_sizes"])
         return Args(**saved)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{run_dir} is not the folder of a run of this dqn.py: {error}") from error
 
 
-def open_run_dir(args):
+def open_run_dir(args, at_the_end):
     """Make or open the run folder, the same for all processes; only one run may write there."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}-{os.getpid()}"
     name = name.replace("/", "-").replace(":", "-")
     run_dir = Path(from_rank_0(args.resume or f"runs/{name}"))
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(run_dir / f".lock-{RANK}")
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise UsageError(f"--resume {run_dir}: another process trains there; wait for it") from None
-    return run_dir, lock
+    with blame(f"--resume {run_dir}", filelock.Timeout, "", " Another process trains there"):
+        at_the_end.enter_context(filelock.FileLock(run_dir / f".lock-{RANK}", blocking=False))
+    return run_dir
 
 
 # --------------------------------------------------------------------------------------- processes
-def start_processes(args):
+def start_processes(args, at_the_end):
     """Join the other processes, if torchrun started several; return the device of this one."""
     if WORLD_SIZE > 1:
         # torchrun's store outlives processes that it starts again: the prefix keeps them apart.
         store, rank, world_size = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         patience = timedelta(hours=2)  # the others wait while rank 0 evaluates
         dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=patience)
+    torch.manual_seed(args.seed)  # the same first weights in all processes
+    at_the_end.callback(torch.set_num_threads, torch.get_num_threads())
+    kernels = torch.backends.cudnn.flags(enabled=True, deterministic=args.torch_deterministic)
+    at_the_end.enter_context(kernels)
     if args.cuda and torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.accelerator.current_accelerator()
@@ -923,23 +946,39 @@ def from_rank_0(value):
 
 
 def on_stop(handler):
-    """Set what is done about Ctrl-C, and about what Slurm or Kubernetes sends."""
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, handler)
+    """Set what is done about signals, but for ignored ones (nohup); return what was done before."""
+    # Ctrl-C; what Slurm or Kubernetes sends; a terminal that is closed, which Windows does not tell
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    return {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
 
 
-def catch_signals():
-    """Collect signals, so that training can finish its step; a second one ends the process."""
+def catch_signals(at_the_end):
+    """Collect signals, so that a run can finish its step; a second one ends the process."""
     def handler(number, frame):
         caught.append(number)
         on_stop(signal.SIG_DFL)
+        with suppress(OSError):
+            os.write(1, b"\nends after this step; a second signal ends it at once\n")
 
     caught = []
-    on_stop(handler)
+    with suppress(ValueError):  # only the main thread may
+        for number, before in on_stop(handler).items() if WORLD_SIZE == 1 else ():
+            at_the_end.callback(signal.signal, number, before)
     return caught
 
 
 # ------------------------------------------------------------------------------------------ checks
+@contextmanager
+def blame(cause, kinds, text="", advice=""):
+    """Turn an error of some kinds, whose message contains `text`, into a UsageError."""
+    try:
+        yield
+    except kinds as error:
+        if text not in str(error):
+            raise
+        raise UsageError(f"{cause}: {error!s:.200}{advice}") from error
+
+
 def check_numbers(args, name, space):
     """Raise UsageError that names the part of an observation that is not numeric."""
     parts = getattr(space, "spaces", {})  # of a Dict, or a Tuple
@@ -960,13 +999,13 @@ def check_memory(args, needed, device):
 
 def check_video(args):
     """Raise UsageError if episodes cannot be recorded: before a run, not after it."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            envs = make_envs(args, 1, video_folder=f"{folder}/videos")
-            envs.reset()
-            envs.close()
-    except Exception as error:
-        raise UsageError(f"{flag(args, 'capture_video')}: {error}; leave it out") from error
+    with (
+        blame(flag(args, "capture_video"), Exception, "", "; leave it out"),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        envs = make_envs(args, 1, video_folder=f"{folder}/videos")
+        envs.reset()
+        envs.close()
 
 
 def check_rewards(rewards, step):
@@ -983,58 +1022,53 @@ def check_loss(metrics, step):
 
 
 # ------------------------------------------------------------------------------------ command line
-# Settings by family of environments ("ALE/"), and by environment: these go on top of its family's.
-TUNED: dict[str, dict] = {
-    "CartPole-v1": dict(
-        total_timesteps=80_000, num_envs=8, learning_rate=2e-3, buffer_size=80_000,
-        learning_starts=1_000, gamma=0.995, n_step=10, double_q=False, exploration_fraction=0.3,
-        eval_frequency=5_000, eval_episodes=100, stop_return=500.0,
-    ),
-    "Acrobot-v1": dict(
-        total_timesteps=100_000, num_envs=8, hidden_sizes=(256, 256), learning_rate=6e-4,
-        learning_starts=1_000, train_frequency=2, n_step=3, double_q=False,
-        target_network_frequency=250, exploration_fraction=0.12,
-    ),
-    "MountainCar-v0": dict(
-        total_timesteps=120_000, num_envs=8, buffer_size=120_000, learning_starts=1_000,
-        train_frequency=4, n_step=3, double_q=False, target_network_frequency=4, tau=0.03,
-        loss="huber", exploration_fraction=0.1, end_e=0.0,
-    ),
-    "LunarLander-v3": dict(
-        total_timesteps=200_000, num_envs=8, hidden_sizes=(256, 256), learning_rate=2e-3,
-        buffer_size=50_000, train_frequency=4, n_step=3, exploration_fraction=0.15, end_e=0.01,
-    ),
-    "CarRacing-v3": dict(env_kwargs={"continuous": False}, frame_stack=4),  # not tuned
-    "MinAtar/": dict(  # not tuned
-        total_timesteps=1_000_000, num_envs=8, hidden_sizes=(128,), learning_rate=3e-4,
-        learning_starts=5_000, batch_size=32, train_frequency=4, n_step=3,
-        target_network_frequency=1_000, loss="huber", max_grad_norm=10.0, end_e=0.01,
-        eval_frequency=100_000, eval_max_steps=5_000,
-    ),
-    "ALE/": dict(  # for two cores without a GPU: a small network, few gradient steps
-        total_timesteps=2_000_000, num_envs=8, frame_stack=4, clip_rewards=True, dueling=True,
-        convolutions=((8, 3, 2), (16, 3, 2), (32, 3, 2)), hidden_sizes=(256,), learning_rate=3e-4,
-        learning_starts=5_000, batch_size=32, train_frequency=8, n_step=5, double_q=False,
-        target_network_frequency=1_000, loss="huber", max_grad_norm=10.0, eval_frequency=100_000,
-        exploration_fraction=0.05, eval_episodes=10, checkpoint_frequency=100_000,
-    ),
-    "ALE/Pong-v5": dict(total_timesteps=1_200_000, learning_rate=1e-3),
+# Flags that a command begins with, by family of environments ("ALE/") and by environment.
+TUNED = {
+    "CartPole-v1":
+        "--total-timesteps 80_000 --num-envs 8 --learning-rate 2e-3 --buffer-size 80_000 "
+        "--learning-starts 1_000 --gamma 0.995 --n-step 10 --no-double-q "
+        "--exploration-fraction 0.3 --eval-frequency 5_000 --eval-episodes 100 --stop-return 500",
+    "Acrobot-v1":
+        "--total-timesteps 100_000 --num-envs 8 --hidden-sizes 256 256 --learning-rate 6e-4 "
+        "--learning-starts 1_000 --train-frequency 2 --n-step 3 --no-double-q "
+        "--target-network-frequency 250 --exploration-fraction 0.12",
+    "MountainCar-v0":
+        "--total-timesteps 120_000 --num-envs 8 --buffer-size 120_000 --learning-starts 1_000 "
+        "--train-frequency 4 --n-step 3 --no-double-q --target-network-frequency 4 --tau 0.03 "
+        "--loss huber --exploration-fraction 0.1 --end-e 0",
+    "LunarLander-v3":
+        "--total-timesteps 200_000 --num-envs 8 --hidden-sizes 256 256 --learning-rate 2e-3 "
+        "--buffer-size 50_000 --train-frequency 4 --n-step 3 "
+        "--exploration-fraction 0.15 --end-e 0.01",
+    "CarRacing-v3": "--env-kwargs continuous False --frame-stack 4",  # not tuned
+    "MinAtar/":  # not tuned
+        "--total-timesteps 1_000_000 --num-envs 8 --hidden-sizes 128 --learning-rate 3e-4 "
+        "--learning-starts 5_000 --batch-size 32 --train-frequency 4 --n-step 3 "
+        "--target-network-frequency 1_000 --loss huber --max-grad-norm 10 --end-e 0.01 "
+        "--eval-frequency 100_000 --eval-max-steps 5_000",
+    "ALE/":  # for two cores without a GPU: a small network, few gradient steps
+        "--total-timesteps 2_000_000 --num-envs 8 --frame-stack 4 --clip-rewards --dueling "
+        "--convolutions 8 3 2 16 3 2 32 3 2 --hidden-sizes 256 --learning-rate 3e-4 "
+        "--learning-starts 5_000 --batch-size 32 --train-frequency 8 --n-step 5 --no-double-q "
+        "--target-network-frequency 1_000 --loss huber --max-grad-norm 10 --eval-frequency 100_000 "
+        "--exploration-fraction 0.05 --eval-episodes 10 --checkpoint-frequency 100_000",
+    "ALE/Pong-v5": "--total-timesteps 1_200_000 --learning-rate 1e-3",  # after those of its family
 }
 
-ABOVE_0 = 1e-30
-# Least value, largest value, and the settings that they hold for.
+# Least value, largest value, and the settings that they hold for; 1e-30 stands for "above 0".
 LIMITS = (
     (1, math.inf, "num_envs frame_stack convolutions hidden_sizes batch_size train_frequency "
-     "n_step target_network_frequency eval_episodes eval_max_steps"),
-    (0, math.inf, "seed learning_starts eval_frequency checkpoint_frequency"),
+     "n_step target_network_frequency eval_max_steps"),
+    (0, math.inf, "seed learning_starts eval_frequency eval_episodes final_episodes "
+     "checkpoint_frequency"),
     (0, 1, "gamma start_e end_e exploration_fraction"),
-    (ABOVE_0, 1, "tau"), (ABOVE_0, 1e30, "learning_rate"), (ABOVE_0, math.inf, "max_grad_norm"),
+    (1e-30, 1, "tau"), (1e-30, 1e30, "learning_rate"), (1e-30, math.inf, "max_grad_norm"),
 )
 
 # What may differ when a run goes on; anything else would make it another experiment.
-MAY_CHANGE = set(
+MAY_CHANGE = (
     "resume evaluate total_timesteps stop_return eval_frequency eval_episodes eval_max_steps "
-    "save_model capture_video track wandb_project_name wandb_entity cuda compile".split()
+    "final_episodes save_model capture_video track wandb_project_name wandb_entity cuda compile"
 )
 
 
@@ -1059,11 +1093,15 @@ def validate(args):
             raise UsageError(f"{flag(args, name)}: must be a multiple of {WORLD_SIZE} processes")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UsageError(f"{flag(args, 'track')}: needs wandb; pip install wandb")
-    may_change = MAY_CHANGE | ({"seed", "env_kwargs"} if args.evaluate else set())
+    if args.evaluate and args.resume:
+        raise UsageError(f"{flag(args, 'evaluate')}: not beside {flag(args, 'resume')}")
+    may_change = MAY_CHANGE.split() + (["seed", "env_kwargs"] if args.evaluate else [])
     saved = saved_args(args) or args  # a new run keeps its own
     for name, value in vars(saved).items():
         if name not in may_change and getattr(args, name) != value:
             raise UsageError(f"{flag(args, name)}: the run has {value} and keeps it")
+    if saved.total_timesteps != args.total_timesteps:
+        say(f"{flag(args, 'total_timesteps')} is new: epsilon and learning rate follow it now")
     least = args.num_envs * (args.n_step + args.frame_stack + 2)  # of these some can be sampled
     for name in "learning_starts", "buffer_size":
         if getattr(args, name) < least:
@@ -1076,18 +1114,17 @@ def saved_args(args):
     return load_args(run_dir) if run_dir and any(Path(run_dir).glob("[!.]*")) else None
 
 
-def tuned_settings(env_id):
-    """Look an environment up in TUNED."""
-    name = env_id.split(":")[-1]
-    return TUNED.get(name.split("/")[0] + "/", {}) | TUNED.get(name, {})
-
-
 def parse_args(argv=None):
     """Read the command line: flags win, then the settings of a run or TUNED, then Args."""
     # A first pass finds the flags that decide the defaults of the second.
-    given, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False)
-    tuned = tuned_settings(given.env_id) if given.tuned else {}
-    defaults = saved_args(given) or Args(**tuned)
+    given, _ = tyro.cli(Args, args=argv, default=Args(env_id=""), return_unknown_args=True,
+                        add_help=False)
+    run = saved_args(given)
+    if given.resume and not (run or given.env_id):
+        raise UsageError(f"{flag(given, 'resume')}: no run is there; to begin it, give --env-id")
+    name = (given.env_id or Args.env_id).split(":")[-1]
+    tuned = f"{TUNED.get(name.split('/')[0] + '/', '')} {TUNED.get(name, '')}".split()
+    defaults = run or tyro.cli(Args, args=tuned if given.tuned else [])
     # tyro makes a flag of each key that a dict has by default, so begin with an empty one.
     args = tyro.cli(Args, args=argv, default=replace(defaults, env_kwargs={}))
     args.env_kwargs = defaults.env_kwargs | args.env_kwargs
@@ -1096,22 +1133,23 @@ def parse_args(argv=None):
 
 def main():
     """Run the command line: exit status 2 for a setting that cannot work, 1 for a failed run."""
+    sys.stdout.reconfigure(errors="replace")  # for terminals without "±"
     try:
         args = parse_args()
-        if args.evaluate is not None:
-            validate(args)
-            q_network = load(args.evaluate).to(start_processes(args))
-            if args.capture_video:
-                check_video(args)
-                play(q_network, args, VIDEO_EPISODES, f"{args.evaluate}/videos/best")
-                say(f"videos: {args.evaluate}/videos/best")
-            say(f"return {describe(play(q_network, args, args.eval_episodes))}")
+        if args.evaluate is None:
+            train(args)
         else:
-            signals = [] if WORLD_SIZE > 1 else catch_signals()  # torchrun heeds them itself
-            train(args, signals)
-            if signals:
-                sys.exit(128 + signals[0])
+            validate(args)
+            device = start_processes(args, ExitStack())
+            if RANK == 0:
+                q_network = load(args.evaluate).to(device)
+                if args.capture_video:
+                    play(q_network, args, 3, f"{args.evaluate}/videos/best")
+                say(f"return {describe(play(q_network, args, args.eval_episodes or 1))}")
+    except KeyboardInterrupt as interrupt:
+        sys.exit(128 + next(iter(interrupt.args), signal.SIGINT))
     except (UsageError, TrainingError) as error:
+        time.sleep(5 * (RANK > 0))  # rank 0 says what all would say, and torchrun ends the others
         print("dqn.py: error:", *str(error).split(), file=sys.stderr)  # on one line
         sys.exit(2 if isinstance(error, UsageError) else 1)
 

@@ -1,5 +1,6 @@
 """What several test files share: running the script as a user would, and comparing what runs left behind."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,10 +18,12 @@ TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "dqn.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
+torch.set_num_threads(1)  # two tests run side by side
+
 # A run of a second that learns, evaluates, logs and saves.
 SHORT = dict(
-    tuned=False, total_timesteps=1200, learning_starts=200, buffer_size=600, batch_size=32, eval_frequency=500,
-    eval_episodes=2, eval_max_steps=50, checkpoint_frequency=250,
+    env_id="CartPole-v1", tuned=False, total_timesteps=1200, learning_starts=200, buffer_size=600, batch_size=32,
+    eval_frequency=500, eval_episodes=2, eval_max_steps=50, final_episodes=3, checkpoint_frequency=250,
 )
 
 # dqn.py with another way to start the environments' processes.
@@ -113,13 +116,18 @@ def scalars(run_dir):
     return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
 
 
+def verdict(run_dir):
+    """What result.json says; it has to be strict JSON, without NaN and Infinity."""
+    return json.loads((Path(run_dir) / "result.json").read_text(), parse_constant=pytest.fail)
+
+
 def outcome(run_dir):
     """All that a run computed; without what depends on the clock."""
     (path, *more) = sorted(run_dir.glob("checkpoint-*.pt"))
     files = {each.name: torch.load(each, weights_only=True) for each in (path, *more, run_dir / "model.pt")}
     shown = scalars(run_dir)
     del shown["charts/SPS"]
-    return {"files": files, "scalars": shown}
+    return {"files": files, "scalars": shown, "verdict": verdict(run_dir) | {"seconds": None}}
 
 
 def differences(one, other, place=""):

@@ -1,6 +1,9 @@
 """Environments made for the tests; importing this module registers them ("environments:Coded-v0")."""
 
 import itertools
+import multiprocessing
+import os
+import signal
 import time
 
 import gymnasium as gym
@@ -55,7 +58,7 @@ class Walk(gym.Env):
     """A walk of ten steps over any observation space, on actions that do not count from zero.
 
     `fault` names what goes wrong at step 700 of the environment's life, in the middle of training; "stuck" takes a
-    minute for step 300.
+    minute for step 300, "dying" kills the second process that an AsyncVectorEnv started then.
     """
 
     action_space = spaces.Discrete(3, start=5)
@@ -77,6 +80,8 @@ class Walk(gym.Env):
         observation, reward = self.observation_space.sample(), float(action == 6)
         if self.fault == "stuck" and self.life == 300:
             time.sleep(60)
+        if self.fault == "dying" and self.life == 300 and multiprocessing.current_process().name.endswith("-1"):
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.life == 700:
             if self.fault == "observation":
                 observation = np.full((2,), np.nan, np.float32)
@@ -285,6 +290,19 @@ class Never(gym.Env):
         return np.zeros(1, np.float32), -float(action), bool(action), False, {}
 
 
+class One(Five):
+    """Only one can be there at a time."""
+
+    alive = False
+
+    def __init__(self):
+        assert not One.alive, "at most one simulator at once"
+        One.alive = True
+
+    def close(self):
+        One.alive = False
+
+
 SPACES = {
     "float64": spaces.Box(-np.inf, np.inf, (3,), np.float64),
     "float16": spaces.Box(-1, 1, (3,), np.float16),
@@ -310,7 +328,7 @@ BOARDS = {
     (3, 240, 60): (3, 240, 60), (84, 84): (1, 84, 84),
 }  # fmt: skip
 
-for each in (Coded, Walk, Unpainted, Catch, Cam, CamScaled, Winner, Trail, Mission, Blank, Clock, Negative, Never):
+for each in (Coded, Walk, Unpainted, Catch, Cam, CamScaled, Winner, Trail, Mission, Blank, Clock, Negative, Never, One):
     gym.register(f"{each.__name__}-v0", entry_point=each)
 gym.register("Both-v0", entry_point=Clock, kwargs={"both": True})
 gym.register("Lake-v0", entry_point="gymnasium.envs.toy_text.frozen_lake:FrozenLakeEnv", max_episode_steps=20,
@@ -318,7 +336,7 @@ gym.register("Lake-v0", entry_point="gymnasium.envs.toy_text.frozen_lake:FrozenL
 gym.register("Short-v0", entry_point=Walk, kwargs={"limit": 1})
 gym.register("Endless-v0", entry_point=Walk, kwargs={"limit": -1})
 gym.register("Unbuilt-v0", entry_point="a_simulator_nobody_has:Env")
-for fault in ("observation", "reward", "raise", "stuck"):
+for fault in ("observation", "reward", "raise", "stuck", "dying"):
     gym.register(f"Faulty-{fault}-v0", entry_point=Walk, kwargs={"fault": fault})
 for name, space in SPACES.items():
     gym.register(f"Space-{name}-v0", entry_point=Walk, kwargs={"space": space})

@@ -114,6 +114,17 @@ def test_the_two_networks_never_share_memory(settings):
         assert not places(agent.q_network) & places(agent.target_network)
 
 
+def test_the_network_is_in_train_mode_in_an_update_only():
+    agent, batch = make_agent(double_q=True)
+    modes = []
+    for network in (agent.q_network, agent.target_network):
+        network.register_forward_hook(lambda network, *_: modes.append(network.training))
+    agent.act(np.zeros((1, 4), np.float32), 0.0, np.random.default_rng(0))
+    agent.update(batch, 0.1)
+    agent.act(np.zeros((1, 4), np.float32), 0.0, np.random.default_rng(0))
+    assert modes == [False, False, False, True, False], "acts, target's two, update, acts"
+
+
 def test_each_environment_explores_with_probability_epsilon():
     agent, _ = make_agent()
     observations, rng = np.zeros((20_000, 4), np.float32), np.random.default_rng(0)

@@ -3,7 +3,7 @@
 import math
 import re
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import gymnasium as gym
 import pytest
@@ -19,13 +19,12 @@ CLEANRL = """--exp-name mine --seed 3 --no-torch-deterministic --no-cuda --track
 
 
 def test_a_cleanrl_command_line_means_the_same():
-    args = parse_args(CLEANRL.split())
     words = CLEANRL.split()
-    assert args == Args(**TUNED["Acrobot-v1"] | dict(
-        exp_name="mine", seed=3, torch_deterministic=False, cuda=False, track=True, wandb_project_name="p",
-        wandb_entity="e", capture_video=True, save_model=True, env_id="Acrobot-v1", total_timesteps=1000,
+    assert parse_args(words) == replace(
+        parse_args(["--env-id", "Acrobot-v1"]), exp_name="mine", seed=3, torch_deterministic=False, cuda=False,
+        track=True, wandb_project_name="p", wandb_entity="e", capture_video=True, save_model=True, total_timesteps=1000,
         learning_rate=1e-4, num_envs=2, buffer_size=900, gamma=0.9, tau=0.5, target_network_frequency=50, batch_size=16,
-        start_e=0.9, end_e=0.1, exploration_fraction=0.3, learning_starts=100, train_frequency=5))
+        start_e=0.9, end_e=0.1, exploration_fraction=0.3, learning_starts=100, train_frequency=5)
     assert len([word for word in words if word.startswith("--")]) == 23, "all but the two for Hugging Face"
 
 
@@ -38,14 +37,17 @@ def test_uv_installs_what_requirements_txt_names():
 
 
 def test_what_is_given_wins_then_tuned_then_the_plain_default():
-    assert parse_args([]) == Args(**TUNED["CartPole-v1"])
+    cartpole = parse_args(["--env-id", "CartPole-v1"])
+    assert parse_args([]) == cartpole == Args(
+        total_timesteps=80_000, num_envs=8, learning_rate=2e-3, buffer_size=80_000, learning_starts=1_000, gamma=0.995,
+        n_step=10, double_q=False, exploration_fraction=0.3, eval_frequency=5_000, eval_episodes=100, stop_return=500.0)
     assert parse_args(["--no-tuned"]) == Args(tuned=False)
-    assert parse_args(["--num-envs", "3"]) == Args(**TUNED["CartPole-v1"] | dict(num_envs=3))
-    for env_id in ("ALE/Breakout-v5", "ale_py:ALE/Breakout-v5"):
-        assert parse_args(["--env-id", env_id]) == Args(env_id=env_id, **TUNED["ALE/"])
-    pong = TUNED["ALE/"] | TUNED["ALE/Pong-v5"]  # a game's own settings come after those of all games
-    assert parse_args(["--env-id", "ALE/Pong-v5"]) == Args(env_id="ALE/Pong-v5", **pong) != Args(
-        env_id="ALE/Pong-v5", **TUNED["ALE/"])
+    assert parse_args(["--num-envs", "3"]) == replace(cartpole, num_envs=3)
+    breakout = parse_args(["--env-id", "ALE/Breakout-v5"])
+    assert breakout.convolutions == ((8, 3, 2), (16, 3, 2), (32, 3, 2))
+    assert parse_args(["--env-id", "ale_py:ALE/Breakout-v5"]) == replace(breakout, env_id="ale_py:ALE/Breakout-v5")
+    assert parse_args(["--env-id", "ALE/Pong-v5"]) == replace(  # a game's own settings come after those of all games
+        breakout, env_id="ALE/Pong-v5", total_timesteps=1_200_000, learning_rate=1e-3)
     assert parse_args(["--env-id", "environments:Walk-v0"]) == Args(env_id="environments:Walk-v0")
     assert parse_args("--hidden-sizes --no-tuned".split()).hidden_sizes == ()
     assert parse_args("--convolutions 16 8 4 32 4 2".split()).convolutions == ((16, 8, 4), (32, 4, 2))
@@ -66,19 +68,20 @@ def test_the_plain_defaults():
         buffer_size=100_000, learning_starts=2_000, batch_size=128, train_frequency=10, gamma=0.99, n_step=1,
         double_q=True, target_network_frequency=500, tau=1.0, loss="mse", max_grad_norm=math.inf, start_e=1.0,
         end_e=0.05, exploration_fraction=0.2, eval_frequency=25_000, eval_episodes=20, eval_max_steps=10_000,
-        stop_return=math.inf, checkpoint_frequency=50_000, save_model=True, capture_video=False, exp_name="dqn",
-        track=False, wandb_project_name="dqn", wandb_entity=None, cuda=True, compile=False, torch_deterministic=True,
-        resume=None, evaluate=None)
+        final_episodes=100, stop_return=math.inf, checkpoint_frequency=50_000, save_model=True, capture_video=False,
+        exp_name="dqn", track=False, wandb_project_name="dqn", wandb_entity=None, cuda=True, compile=False,
+        torch_deterministic=True, resume=None, evaluate=None)
 
 
 @pytest.mark.parametrize(("names", "values", "right"), [
-    ("num_envs frame_stack batch_size train_frequency n_step target_network_frequency eval_episodes "
-     "eval_max_steps", (0, -1), "between 1 and inf"),
+    ("num_envs frame_stack batch_size train_frequency n_step target_network_frequency eval_max_steps", (0, -1),
+     "between 1 and inf"),
     ("tau", (0, -0.1, 1.1, math.nan), "between 1e-30 and 1"),
     ("gamma start_e end_e exploration_fraction", (-0.1, 1.1, math.nan), "between 0 and 1"),
     ("learning_rate", (0, -1, math.inf, math.nan), "between 1e-30 and 1e+30"),
     ("max_grad_norm", (0, -1, math.nan), "between 1e-30 and inf"),
-    ("seed learning_starts eval_frequency checkpoint_frequency", (-1,), "between 0 and inf"),
+    ("seed learning_starts eval_frequency eval_episodes final_episodes checkpoint_frequency", (-1,),
+     "between 0 and inf"),
     ("hidden_sizes", ((0,), (8, -1)), "between 1 and inf"),
     ("convolutions", (((16, 8, 0),), ((16, 8, 4), (-1, 4, 2))), "between 1 and inf"),
 ])
@@ -103,6 +106,7 @@ def test_the_limits_themselves_are_allowed():
     (dict(num_envs=8, n_step=10, learning_starts=100), "--learning-starts 100: must be at least 104"),
     (dict(num_envs=64, buffer_size=128), "--buffer-size 128: must be at least 256"),
     (dict(track=True), "--track True: needs wandb; pip install wandb"),
+    (dict(evaluate="runs/it", resume="runs/it"), "--evaluate runs/it: not beside --resume runs/it"),
 ])
 def test_settings_that_do_not_go_together_are_refused(settings, message, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -131,6 +135,7 @@ BAD_INPUT = {
     "--buffer-size 100000000000": r"--buffer-size 100000000000: takes [\d,.]+ GiB of memory, [\d.]+ GiB are free; .*",
     "--env-id environments:Walk-v0 --capture-video": "--capture-video True: .*; leave it out",
     "--env-id environments:Unpainted-v0 --capture-video": "--capture-video True: .*a_painter_nobody_has.*",
+    "--resume runs/typo": "--resume runs/typo: no run is there; to begin it, give --env-id",
     "--evaluate nowhere": "nowhere is not the folder of a run of this dqn.py: .*",
 }
 

@@ -1,22 +1,21 @@
 """Log and evaluation: what a run shows, the best network, greedy episodes, load, videos."""
 
 import fcntl
-import importlib.util
 import os
 import re
 import struct
 import subprocess
 import sys
 import termios
-from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from moviepy import VideoFileClip
 
 import dqn
-from conftest import ENVIRONMENT, SCRIPT, SHORT, flags, scalars, the_run, train
+from conftest import ENVIRONMENT, SCRIPT, SHORT, flags, scalars, the_run, train, verdict
 from dqn import Args, make_envs
 
 
@@ -24,7 +23,7 @@ def test_the_log_holds_every_tag_at_its_steps(in_tmp):
     shown = scalars(train(num_envs=3, learning_starts=300))
     assert shown.keys() == {
         "charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/epsilon", "charts/learning_rate",
-        "losses/td_loss", "losses/q_values", "eval/episodic_return"}
+        "losses/td_loss", "losses/q_values", "eval/episodic_return", "eval/final_return"}
     assert [step for step, _ in shown["eval/episodic_return"]] == [501, 1002, 1200]
     assert [step for step, _ in shown["losses/td_loss"]] == [501, 1002], "each 500 steps"
     assert shown["charts/learning_rate"][-1] == (1002, pytest.approx(1e-3 * 200 / 1200))  # of the last one, at 1000
@@ -41,7 +40,7 @@ def test_logged_returns_and_lengths_are_those_of_the_episodes(in_tmp):
 def test_what_is_kept_is_the_best_network_and_not_what_came_of_it(in_tmp, monkeypatch):
     returns, networks = iter([10.0, 7.0, 5.0]), []
 
-    def play(q_network, envs, seed, max_steps):
+    def play(q_network, envs, seed, max_steps, signals):
         networks.append({name: value.clone() for name, value in q_network.state_dict().items()})
         return np.full(2, next(returns, 0.0))
 
@@ -59,13 +58,13 @@ def test_no_save_model_writes_none(in_tmp):
 
 def test_the_run_ends_once_an_evaluation_reaches_the_stop_return_and_plays_other_episodes_then(in_tmp, monkeypatch):
     seeds, play = [], dqn.greedy_returns
-    monkeypatch.setattr(dqn, "greedy_returns", lambda q_network, envs, seed, max_steps: (
-        seeds.append((envs.num_envs, seed)), play(q_network, envs, seed, max_steps))[1])
+    monkeypatch.setattr(dqn, "greedy_returns", lambda q_network, envs, seed, *rest: (
+        seeds.append((envs.num_envs, seed)), play(q_network, envs, seed, *rest))[1])
     run_dir = train(env_id="environments:Trail-v0", stop_return=5.0)  # what its every episode returns
     assert (run_dir / "checkpoint-500-0-of-1.pt").exists()
     train()
-    assert [count for count, _ in seeds] == [2, 100, 2, 2, 2, 100]
-    assert len({seed for _, seed in seeds}) == 4, "each evaluation has its own; those of two runs of a seed are equal"
+    assert [count for count, _ in seeds] == [2] * (1 + 2 + 3 + 2), "evaluations, and rounds at the end"
+    assert len({seed for _, seed in seeds}) == 5, "each evaluation has its own; those of two runs of a seed are equal"
 
 
 def test_of_networks_that_are_equally_good_the_last_is_kept(in_tmp):
@@ -94,10 +93,10 @@ def test_greedy_returns_are_undiscounted_and_of_one_episode_each(capsys):
     assert not capsys.readouterr().out
 
 
-def test_episodes_that_are_cut_are_told(cli):
+def test_episodes_that_are_cut_are_told(cli, in_tmp):
     process = cli(**SHORT | dict(env_id="environments:Never-v0", eval_max_steps=20))
     assert "2 of 2 episodes were cut by --eval-max-steps 20" in process.out
-    assert "100 of 100 episodes were cut by --eval-max-steps 20" in process.out
+    assert verdict(the_run(in_tmp))["mean"] in (0.0, -1.0)  # of action 0, twenty times, or of action 1
 
 
 def test_a_run_shows_its_folder_progress_evaluations_and_verdict_in_plain_lines(cli, in_tmp):
@@ -111,8 +110,27 @@ def test_a_run_shows_its_folder_progress_evaluations_and_verdict_in_plain_lines(
     for pattern, count in ((r"step [\d,]+ of 1,200: (return [\d.]+, )?epsilon 0\.\d\d", 20),
                            (r"step [\d,]+: greedy return [\d.]+ ± [\d.]+ over 2 episodes", 3)):
         assert sum(bool(re.fullmatch(pattern, line)) for line in lines) == count
-    assert re.fullmatch(r"at the end: return [\d.]+ ± [\d.]+ over 100 episodes", lines[-2])
-    assert lines[-1] == "look at it: tensorboard --logdir runs"
+    result, shown = verdict(run_dir), scalars(run_dir)
+    assert lines[-2:] == [f"at the end: return {result['mean']:.1f} ± {result['std']:.1f} over 3 episodes",
+                          "look at it: tensorboard --logdir runs"]
+    assert shown["eval/final_return"] == [(1200, pytest.approx(result["mean"]))]
+    assert result["best_return"] == max(value for _, value in shown["eval/episodic_return"])
+    assert (result["ended_by"], result["global_step"], result["episodes"]) == ("--total-timesteps 1200", 1200, 3)
+    assert result["seconds"] > 0
+    assert [result[name] for name in ("python", "torch", "gymnasium", "numpy")] == [
+        sys.version, torch.__version__, gym.__version__, np.__version__]
+
+
+@pytest.mark.parametrize("final_episodes", [0, 3])
+def test_a_run_without_evaluations_needs_one_environment_at_a_time_and_keeps_its_last_network(final_episodes, in_tmp):
+    run_dir = train(env_id="environments:One-v0", eval_episodes=0, final_episodes=final_episodes)
+    last = torch.load(run_dir / "checkpoint-1200-0-of-1.pt")["q_network"]
+    assert all(torch.equal(value, last[name]) for name, value in dqn.load(run_dir).state_dict().items())
+    assert not dqn.load(run_dir).training
+    result = verdict(run_dir)
+    assert (result["best_return"], result.get("mean"), result.get("episodes")) == (
+        None, *((5.0, 3) if final_episodes else (None, None)))
+    assert [tag for tag in scalars(run_dir) if tag.startswith("eval")] == ["eval/final_return"] * bool(final_episodes)
 
 
 def test_a_terminal_shows_a_progress_bar_instead_of_lines(in_tmp):
@@ -146,31 +164,19 @@ def test_evaluate_plays_the_best_network_on_other_episodes_for_another_seed(cli,
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
-def test_load_gives_the_network_for_a_loop_of_ones_own(in_tmp):
-    run_dir = train(env_id="environments:Negative-v0", frame_stack=2, total_timesteps=6000, eval_frequency=0, seed=2,
-                    checkpoint_frequency=0)
-    q_network, envs = dqn.load(run_dir), make_envs(dqn.load_args(run_dir), 1)
-    observations, _ = envs.reset(seed=0)
-    total = 0.0
-    for _ in range(20):
-        actions = q_network(torch.from_numpy(observations)).argmax(1).numpy()
-        observations, rewards, terminated, truncated, _ = envs.step(actions)
-        total += rewards.sum()
-        if terminated | truncated:
-            break
-    assert total == 1.0
-
-
-def test_each_episode_has_a_seed_of_its_own_side_by_side_or_on_video(in_tmp, monkeypatch):
-    rounds = []
-    monkeypatch.setattr(dqn, "greedy_returns", lambda q_network, envs, seed, max_steps: (
-        rounds.append((seed, envs.num_envs)), np.full(envs.num_envs, seed))[1])
-    beside = dqn.play(None, Args(), 3)
-    videos = dqn.play(None, Args(), 3, str(in_tmp / "videos"))
-    first = rounds[0][0]
-    assert rounds == [(first, 3), (first, 1), (first + 1, 1), (first + 2, 1)]
-    assert beside.tolist() == [first] * 3
-    assert videos.tolist() == [first, first + 1, first + 2]
+@pytest.mark.parametrize(("settings", "video", "rounds"), [
+    (dict(eval_episodes=20), False, [(0, 5)]), (dict(eval_episodes=2), False, [(0, 2), (2, 2), (4, 2)]),
+    (dict(eval_episodes=0, num_envs=3), False, [(0, 3), (3, 3)]), (dict(), True, [(i, 1) for i in range(5)]),
+    (dict(eval_episodes=20, num_envs=4, async_envs=True), False, [(0, 4), (4, 4)])])
+def test_episodes_are_played_in_rounds_and_each_has_a_seed_of_its_own(settings, video, rounds, in_tmp, monkeypatch):
+    played = []
+    monkeypatch.setattr(dqn, "greedy_returns", lambda q_network, envs, seed, *rest: (
+        played.append((seed, type(envs.unwrapped).__name__, envs.num_envs)), seed + np.arange(envs.num_envs))[1])
+    returns = dqn.play(None, Args(**settings), 5, str(in_tmp / "videos") if video else "")
+    first = dqn.derive_seed(1, dqn.PLAY, 0)
+    kind = "AsyncVectorEnv" if settings.get("async_envs") else "SyncVectorEnv"
+    assert [(seed - first, count) for seed, name, count in played if name == kind or count == 5] == rounds
+    assert returns.tolist() == [first + i for i in range(5)]
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "ALE/Pong-v5"])
@@ -190,15 +196,11 @@ def test_videos_show_greedy_episodes_of_the_last_network_and_of_the_best(env_id,
             assert np.std(frames[0]) > 0, "the picture is not empty"
 
 
-def test_weights_and_biases_mirrors_what_tensorboard_gets(in_tmp, monkeypatch):
-    calls = []
-    fake = SimpleNamespace(init=lambda **settings: calls.append(settings))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    find_spec = importlib.util.find_spec  # torch asks for modules, too
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name == "wandb" or find_spec(name, *rest))
-    run_dir = train(track=True, wandb_project_name="project", wandb_entity="team", total_timesteps=300)
-    (settings,) = calls
-    assert settings["sync_tensorboard"]
-    assert (settings["project"], settings["entity"]) == ("project", "team")
-    assert settings["id"] == settings["name"] == run_dir.name
-    assert settings["config"]["total_timesteps"] == 300
+def test_weights_and_biases_gets_what_tensorboard_gets_and_is_finished_with_the_run(in_tmp):
+    settings = SHORT | dict(track=True, total_timesteps=600, resume="runs/it")
+    code = f"import dqn, wandb; dqn.train(dqn.Args(**{settings})); assert wandb.run is None"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT | {"WANDB_MODE": "offline"}, cwd=in_tmp,
+                          capture_output=True, text=True, check=True)
+    assert len(list(in_tmp.glob("wandb/offline-run-*-it/*.wandb"))) == 1
+    for tag in scalars("runs/it"):  # of which W&B tells the last value
+        assert re.search(rf"^wandb: +{tag} [-\d.e]+$", done.stderr, re.MULTILINE), tag

@@ -77,22 +77,6 @@ def test_bytes_and_entries_bounded_by_less_than_a_tenth_are_scaled_and_no_others
     assert values == pytest.approx([20.0, 1000.0, 100.0, 1e3, 1e4, 1e5, 1e6])  # 1 / 0.05, 10 / 0.01, as they are, / 255
 
 
-@pytest.mark.parametrize(("space", "expected"), [
-    (pixels(3, 3), 1.8),  # (255 + 204) / 255
-    (pixels(3), 1.8),
-    (pixels(3, 3, dtype=np.bool_), 2.0),
-    (gym.spaces.Box(-300, 300, (3,), np.int16), 459.0),
-    (box(3), 459.0),
-])
-def test_bytes_are_scaled_to_one_and_nothing_else_is(space, expected):
-    network = make_network(space, hidden_sizes=())
-    fill(network, 1.0)
-    observations = np.zeros((1, 9 if space.shape == (3, 3) else 3), space.dtype)
-    observations.flat[:2] = 255, 204
-    shape = (1, *space.shape)
-    assert network(torch.from_numpy(observations).reshape(shape))[0, 0].item() == pytest.approx(expected)
-
-
 def test_the_scale_of_observations_is_not_among_what_is_saved():
     assert list(make_network(gym.spaces.Box(-0.1, 0.09, (2,)), hidden_sizes=()).state_dict()) == [
         "layers.0.weight", "layers.0.bias"]

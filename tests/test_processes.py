@@ -4,14 +4,32 @@ import os
 import random
 import re
 import signal
+import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
 import dqn
-from conftest import MAIN, SHORT, TESTS, differences, finish, flags, gone, outcome, scalars, start, the_run, until
+from conftest import (
+    ENVIRONMENT,
+    MAIN,
+    SHORT,
+    TESTS,
+    differences,
+    finish,
+    flags,
+    gone,
+    outcome,
+    scalars,
+    start,
+    the_run,
+    train,
+    until,
+    verdict,
+)
 
 KILLED = SHORT | dict(num_envs=2, n_step=3, total_timesteps=24_000, learning_starts=400, buffer_size=4000,
                       eval_frequency=3000, checkpoint_frequency=400)
@@ -35,18 +53,23 @@ def steps_saved(run_dir):
     return [int(path.name.split("-")[1]) for path in Path(run_dir).glob("checkpoint-*-0-of-*.pt")]
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(0, 10), (2, 5)])
+@pytest.mark.parametrize(("ranks", "kills"), [(0, 8), (2, 3)])
 def test_after_ten_kills_or_five_of_two_ranks_nothing_differs(ranks, kills, in_tmp):
-    """SIGKILL to all processes: at random moments, every other time as soon as a checkpoint is being written."""
-    settings = KILLED | (dict(total_timesteps=16_000) if ranks else {})
+    """SIGKILL to all processes: at random moments, every other time as soon as a checkpoint is being written.
+
+    The last two come in the final episodes.
+    """
+    settings = KILLED | dict(final_episodes=100) | (dict(total_timesteps=16_000) if ranks else {})
     finish(start(*flags(**settings, resume="runs/alone"), cwd=in_tmp, ranks=ranks))
     rng, steps, in_writes = random.Random(1), [], 0
-    for number in range(kills):
+    for number in range(kills + 2):
         process = start(*flags(**settings, resume="runs/killed"), cwd=in_tmp, ranks=ranks)
         line(process, "a new run|goes on")
-        time.sleep(0.3 * rng.random())
+        time.sleep(0.3 * rng.random() * (number < kills))
         pids = family(process.pid)  # looked up first: a write is over in milliseconds
-        if number % 2:
+        if number >= kills:
+            until(lambda: steps_saved("runs/killed") == [settings["total_timesteps"]])
+        elif number % 2:
             until(lambda: list(in_tmp.glob("runs/killed/.checkpoint*")))
         assert process.poll() is None, "it came to its end"
         for pid in pids:
@@ -57,7 +80,8 @@ def test_after_ten_kills_or_five_of_two_ranks_nothing_differs(ranks, kills, in_t
         until(lambda process=process: gone(process))
     assert steps == sorted(steps)
     assert in_writes
-    assert 0 < steps[-1] < settings["total_timesteps"]
+    assert 0 < steps[-3] < settings["total_timesteps"]
+    assert not Path("runs/killed/result.json").exists()
     finish(start(*flags(**settings, resume="runs/killed"), cwd=in_tmp, ranks=ranks))
     names = {f"checkpoint-{settings['total_timesteps']}-{rank}-of-{ranks or 1}.pt" for rank in range(ranks or 1)}
     assert {path.name for path in Path("runs/killed").glob("checkpoint*")} == names
@@ -78,6 +102,7 @@ def test_a_signal_to_the_whole_group_ends_a_run_in_order_and_leaves_none(method,
     assert not process.err
     until(lambda: gone(process), timeout=5)
     run_dir = the_run(in_tmp)
+    assert process.out.count("ends after this step") == 1
     assert process.out.endswith(f"interrupted; to go on: python dqn.py --resume runs/{run_dir.name}\n")
     (step,) = steps_saved(run_dir)
     shown = scalars(run_dir)
@@ -90,25 +115,77 @@ def test_a_signal_to_the_whole_group_ends_a_run_in_order_and_leaves_none(method,
     assert steps_saved(run_dir)[0] > step, "nothing is lost, and the run goes on"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("place", ["evaluation", "final episodes"])
+def test_a_signal_in_an_evaluation_or_in_the_final_episodes_ends_these_within_a_step(place, number, in_tmp):
+    """In an environment whose episodes never end. A resumed run plays its final episodes, and is complete then."""
+    settings = SHORT | dict(env_id="environments:Endless-v0", eval_max_steps=10**9, eval_frequency=0, resume="runs/it")
+    settings |= dict(eval_frequency=480) if place == "evaluation" else dict(eval_episodes=0, total_timesteps=480)
+    process = start(*flags(**settings), cwd=in_tmp)
+    line(process, "step 480 of")
+    until(lambda: place == "evaluation" or steps_saved("runs/it") == [480])
+    time.sleep(0.5)
+    process.send_signal(number)
+    finish(process, 128 + number, timeout=20)
+    assert process.out.endswith("\nends after this step; a second signal ends it at once\n"
+                                "interrupted; to go on: python dqn.py --resume runs/it\n")
+    assert steps_saved("runs/it")[0] in (480, 481)
+    assert not [tag for tag in scalars("runs/it") if tag.startswith("eval")]
+    assert not Path("runs/it/result.json").exists()
+    assert Path("runs/it/model.pt").exists() == (place == "final episodes")
+    if place == "final episodes":
+        resumed = finish(start("--resume", "runs/it", "--eval-max-steps", 20, cwd=in_tmp))
+        assert "over 3 episodes" in resumed.out
+        assert verdict("runs/it")["episodes"] == 3
+
+
+def test_a_signal_after_the_verdict_changes_nothing(in_tmp, monkeypatch, capfd):
+    say = dqn.say
+    monkeypatch.setattr(dqn, "say", lambda text: (say(text), "look at it" in text and signal.raise_signal(2)))
+    assert verdict(train())["episodes"] == 3
+    assert "interrupted" not in capfd.readouterr().out
+
+
+def test_under_nohup_a_run_goes_on_without_its_terminal_and_into_a_closed_pipe_in_silence(in_tmp, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONIOENCODING", "ascii")
+    process = start(*flags(**SHORT, resume="runs/it"), cwd=in_tmp,
+                    before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert "? " in line(process, "greedy return"), "what ASCII lacks is replaced"
+    process.send_signal(signal.SIGHUP)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert not process.stderr.read()
+    assert verdict("runs/it")["global_step"] == 1200
+
+
+def test_a_run_ends_in_one_line_if_a_process_of_its_environments_dies(in_tmp):
+    settings = SHORT | dict(env_id="environments:Faulty-dying-v0", num_envs=3, async_envs=True, eval_frequency=0)
+    process = finish(start(*flags(**settings), cwd=in_tmp), status=1)
+    assert process.err == "dqn.py: error: a process of --async-envs died; --resume goes on from the checkpoint\n"
+    assert gone(process)
+    assert steps_saved(the_run(in_tmp)) == [750]
+
+
 def test_a_signal_between_any_two_statements_ends_a_run_saved(in_tmp, monkeypatch):
-    """The list of signals fills up before each of the loop's calls in turn; there is a checkpoint of the last step."""
+    """A signal comes before each of the loop's calls in turn; there is a checkpoint of the last step."""
     calls = {"act": dqn.Agent, "add": dqn.ReplayBuffer, "update": dqn.Agent, "sync_target": dqn.Agent,
              "record": dqn.Log, "evaluate": dqn, "check_loss": dqn, "save_checkpoint": dqn, "learn": dqn,
              "restart": dqn, "epsilon_at": dqn, "due": dqn}
     for name, place in calls.items():
-        signals, count, method = [], 0, getattr(place, name)
+        count, method = 0, getattr(place, name)
 
-        def call(*given, signals=signals, method=method):
+        def call(*given, method=method):
             nonlocal count
             count += 1
-            if count == 2 and not signals:
-                signals.append(signal.SIGTERM)
+            if count == 2:
+                signal.raise_signal(signal.SIGTERM)
             return method(*given)
 
         with monkeypatch.context() as patch:
             patch.setattr(place, name, call)
             settings = SHORT | dict(resume=f"runs/{name}", checkpoint_frequency=100, eval_frequency=100)
-            dqn.train(dqn.Args(**settings), signals)
+            with pytest.raises(KeyboardInterrupt):
+                dqn.train(dqn.Args(**settings))
         (step,) = steps_saved(f"runs/{name}")
         assert 0 < step < 1200
 
@@ -131,7 +208,8 @@ def test_a_living_run_cannot_be_resumed_and_a_killed_one_can_although_its_enviro
     line(process, "a new run")
     before = until(Path("runs/it/args.json").exists) and Path("runs/it/args.json").read_bytes()
     other = finish(start("--resume", "runs/it", "--eval-episodes", 7, cwd=in_tmp), status=2)
-    assert other.err == "dqn.py: error: --resume runs/it: another process trains there; wait for it\n"
+    assert other.err.startswith("dqn.py: error: --resume runs/it: The file lock")
+    assert other.err.endswith("Another process trains there\n")
     assert Path("runs/it/args.json").read_bytes() == before
     until(lambda: steps_saved("runs/it"))
     process.kill()
@@ -196,18 +274,44 @@ def test_the_device_is_the_accelerator_that_torch_names_and_with_no_cuda_the_cpu
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert dqn.start_processes(dqn.Args(cuda=False)) == torch.device("cpu")
-    assert not chosen
-    assert dqn.start_processes(dqn.Args()) == torch.device("mps")
+    with ExitStack() as at_the_end:
+        assert dqn.start_processes(dqn.Args(cuda=False), at_the_end) == torch.device("cpu")
+        assert not chosen
+        assert dqn.start_processes(dqn.Args(), at_the_end) == torch.device("mps")
     assert chosen == [3]
 
 
 def test_another_number_of_ranks_is_refused_in_one_line(two):
     process = finish(start("--resume", two[0], "--total-timesteps", 2000, cwd=two[0].parent), status=2)
-    assert process.err == f"dqn.py: error: --resume {two[0]}: 1 processes are not as many as before\n"
+    assert process.err == f"dqn.py: error: --resume {two[0]}: needs 2 processes, not 1\n"
     process = finish(start(*flags(**SHORT | dict(num_envs=3)), cwd=two[0].parent, ranks=2), status=1)  # torchrun's
-    errors = {text for text in process.err.splitlines() if text.startswith("dqn.py")}
-    assert errors == {"dqn.py: error: --num-envs 3: must be a multiple of 2 processes"}
+    errors = [text for text in process.err.splitlines() if text.startswith("dqn.py")]
+    expected = "dqn.py: error: --num-envs 3: must be a multiple of 2 processes"
+    assert errors == [expected] * 2, "once in each of torchrun's attempts"
+
+
+def test_the_best_network_of_two_ranks_is_played_by_one(two):
+    process = finish(start("--evaluate", two[0], "--capture-video", cwd=two[0].parent, ranks=2))
+    assert process.out.count("over 2 episodes") == 1
+    assert "Overwriting" not in process.err, "Gymnasium warns if two record in one folder"
+
+
+def test_processes_count_where_a_launcher_says_all_and_need_no_torchrun(two, in_tmp, monkeypatch):
+    """Two that are started by hand end as two of torchrun; one alone that has a rank is one process, and saves."""
+    settings = flags(**SHORT | dict(num_envs=4), resume="runs/it")
+    monkeypatch.setitem(ENVIRONMENT, "RANK", "1")
+    monkeypatch.setitem(ENVIRONMENT, "WORLD_SIZE", "2")
+    finish(start(*flags(**SHORT, resume="runs/one"), cwd=in_tmp))
+    assert (in_tmp / "runs/one/checkpoint-1200-0-of-1.pt").exists()
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    for name, value in dict(MASTER_ADDR="localhost", MASTER_PORT=port).items():
+        monkeypatch.setitem(ENVIRONMENT, name, value)
+    other = start(*settings, cwd=in_tmp)
+    monkeypatch.setitem(ENVIRONMENT, "RANK", "0")
+    finish(start(*settings, cwd=in_tmp))
+    finish(other)
+    assert differences(outcome(two[0]), outcome(in_tmp / "runs/it")) == []
 
 
 def test_with_max_restarts_a_run_goes_on_by_itself(two, in_tmp):

@@ -1,19 +1,23 @@
 """The training loop: learning, determinism, what it does when numbers go wrong."""
 
-import itertools
+import gc
+import multiprocessing
 import random
-import re
+import signal
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
+from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import dqn
-from conftest import ENVIRONMENT, SCRIPT, differences, outcome, scalars, train
-from dqn import TUNED, Args, TrainingError
-from environments import Catch
+from conftest import ENVIRONMENT, SCRIPT, differences, outcome, scalars, train, verdict
+from dqn import Args, TrainingError
 
 
 @pytest.mark.parametrize("settings", [
@@ -21,8 +25,7 @@ from environments import Catch
     dict(env_id="LunarLander-v3", num_envs=2),
     dict(env_id="ALE/Pong-v5", frame_stack=2, num_envs=2, hidden_sizes=(4,), eval_max_steps=5, train_frequency=40),
 ])
-def test_a_seed_repeats_to_the_bit_whatever_the_global_generators_do(settings, in_tmp, monkeypatch):
-    monkeypatch.setattr(dqn, "FINAL_EPISODES", 2)
+def test_a_seed_repeats_to_the_bit_whatever_the_global_generators_do(settings, in_tmp):
     outcomes = []
     for i in range(2):
         random.seed(i)
@@ -37,10 +40,44 @@ def test_another_seed_is_another_run(in_tmp):
     assert not any(map(torch.equal, one.values(), other.values()))
 
 
-def test_cudnn_is_deterministic_where_that_is_asked(in_tmp):
-    for asked in (False, True):
-        train(torch_deterministic=asked, total_timesteps=300)
-        assert torch.backends.cudnn.deterministic == asked
+def taken():
+    """What a run takes and has to give back."""
+    gc.collect()
+    return (*map(signal.getsignal, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)), torch.get_num_threads(),
+            torch.backends.cudnn.deterministic, threading.active_count(), len(multiprocessing.active_children()),
+            sum(isinstance(each, gym.Env) for each in gc.get_objects()), len(list(Path("/proc/self/fd").iterdir())))
+
+
+@pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, "its end", "an error"])
+def test_a_run_gives_back_all_that_it_takes_however_it_ends(way, in_tmp, monkeypatch, capfd):
+    """Handlers, torch's settings, threads, processes, environments, files, the lock: then it goes on in a thread."""
+    settings, during = dict(resume="runs/it", num_envs=2, async_envs=True, env_id="environments:Walk-v0"), []
+
+    def epsilon_at(args, step, epsilon_at=dqn.epsilon_at):
+        if step == 600:
+            during.extend(taken())
+            if isinstance(way, signal.Signals):
+                signal.raise_signal(way)
+        return 1 / 0 if step == 600 and way == "an error" else epsilon_at(args, step)
+
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    torch.set_num_threads(2)
+    train(**settings | dict(resume="runs/first"))  # leaves what is made once and for all
+    before = taken()
+    with monkeypatch.context() as patch:
+        patch.setattr(dqn, "epsilon_at", epsilon_at)
+        errors = {"its end": None, "an error": ZeroDivisionError}
+        with nullcontext() if way == "its end" else pytest.raises(errors.get(way, KeyboardInterrupt)):
+            train(**settings)
+    assert taken() == before
+    assert all(one != other for one, other in zip(before, during, strict=True))
+    thread = threading.Thread(target=train, kwargs=settings)
+    thread.start()
+    thread.join()
+    text = capfd.readouterr().out
+    torch.set_num_threads(1)
+    assert ("goes on at step 602" in text) == ("ends after this step" in text) == (way not in errors)
+    assert verdict("runs/it")["global_step"] == 1200
 
 
 def test_each_rank_draws_its_own_numbers_and_its_part_of_a_batch(monkeypatch):
@@ -91,40 +128,17 @@ def test_a_table_learns_the_values_of_a_frozen_lake_without_slip(in_tmp):
         assert values[state].item() == pytest.approx(0.9 ** (steps - 1), rel=0.02)
 
 
-def test_two_frames_are_needed_to_catch_and_suffice():
-    """Of all that can be done while the paddle moves one thing catches; when it has to begin, two balls look alike."""
-    for offset in range(-4, 5):
-        frames, ways = [], []
-        for direction in (-1, 1):
-            env = Catch()
-            env.reset(seed=0)
-            env.offset, env.direction = offset, direction
-            frames.append([env.step(action)[0] for action in (0, 2, 1, 0, 2, 1, 0, 2, 1)][-2:])  # moves nothing
-            for actions in itertools.product(range(3), repeat=3):
-                env.fallen, env.paddle = 9, 42
-                steps = [env.step(action) for action in actions]
-                ways += [(direction, actions)] if steps[2][1] == 1 else []
-        assert ways == [(-1, (0, 0, 0)), (1, (2, 2, 2))]
-        assert np.array_equal(frames[0][1], frames[1][1])
-        assert not np.array_equal(frames[0][0], frames[1][0])
-
-
-def verdict(text):
-    """The return over 100 episodes that is printed at the end."""
-    return float(re.search(r"at the end: return (-?[\d.]+) ± [\d.]+ over 100 episodes", text)[1])
-
-
-def test_catching_a_ball_is_learned_from_pixels(in_tmp, capsys):
+def test_catching_a_ball_is_learned_from_pixels(in_tmp):
     """Whoever sees single frames catches half of the balls at best, which returns 0."""
-    dqn.train(Args(env_id="environments:Catch-v0", frame_stack=2, num_envs=8, total_timesteps=8_000, seed=8,
-                   learning_starts=500, buffer_size=8_000, batch_size=32, train_frequency=4, learning_rate=5e-4,
-                   n_step=3, gamma=0.97, target_network_frequency=400, hidden_sizes=(64,), eval_frequency=0))
-    assert verdict(capsys.readouterr().out) >= 0.9
+    args = Args(env_id="environments:Catch-v0", frame_stack=2, num_envs=8, total_timesteps=8_000, seed=8,
+                learning_starts=500, buffer_size=8_000, batch_size=32, train_frequency=4, learning_rate=5e-4,
+                n_step=3, gamma=0.97, target_network_frequency=400, hidden_sizes=(64,), eval_frequency=0)
+    assert verdict(dqn.train(args))["mean"] >= 0.9
 
 
-def test_cartpole_is_learned(in_tmp, capsys):
-    run_dir = dqn.train(Args(env_id="CartPole-v1", seed=6, **TUNED["CartPole-v1"]))
-    assert verdict(capsys.readouterr().out) >= 475
+def test_cartpole_is_learned(in_tmp):
+    run_dir = dqn.train(dqn.parse_args(["--seed", "6"]))
+    assert verdict(run_dir)["mean"] >= 475
     assert scalars(run_dir)["eval/episodic_return"][-1][0] <= 80_000
 
 

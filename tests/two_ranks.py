@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,7 @@ def one_update():
     """Take a gradient step; leave behind this rank's batch and the parameters before and after."""
     settings = dict(tuned=False, num_envs=4, buffer_size=400, batch_size=32, n_step=3, max_grad_norm=0.1)
     args = dqn.Args(**settings)
-    device = dqn.start_processes(args)
-    torch.manual_seed(args.seed)
+    device = dqn.start_processes(args, ExitStack())
     envs = dqn.make_envs(args, 2)
     agent, replay = dqn.Agent(args, envs, device), dqn.ReplayBuffer(args, envs, device)
     observations, rng = dqn.restart(args, envs, replay, 0)

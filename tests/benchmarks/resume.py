@@ -18,14 +18,15 @@ from statistics import median
 import tyro
 from sweep import dqn, head, line, quiet_folder, timer
 
-from conftest import differences, finish, outcome, start
+from conftest import differences, finish, outcome, start, until
 
 
 @dataclass
 class Options:
     """What to measure, and how often."""
 
-    kills: int = 20  # SIGKILLs of one run
+    kills: int = 18  # SIGKILLs of one run in training
+    kills_at_the_end: int = 2  # and in its final episodes
     seed: int = 1  # of their moments
     life: float = 2.0  # seconds of training that a process has at most
     steps: int = 200_000  # of the run
@@ -49,6 +50,12 @@ def kill(options, folder):
         process.kill()
         process.communicate()
         steps.append(max([int(path.name.split("-")[1]) for path in killed.glob("checkpoint-*")], default=0))
+    for _ in range(options.kills_at_the_end):
+        process = start(*flags, "--resume", killed, cwd=folder)
+        until(lambda: list(killed.glob(f"checkpoint-{options.steps}-*")), timeout=3600)
+        process.kill()
+        process.communicate()
+        assert not (killed / "result.json").exists(), "it came to its end before the kill"
     finish(start(*flags, "--resume", killed, cwd=folder), timeout=3600)
     return steps, differences(outcome(alone), outcome(killed))
 
@@ -68,8 +75,8 @@ def main(options):
     head("what", "measured")
     with tempfile.TemporaryDirectory() as folder:
         steps, different = kill(options, Path(folder))
-    line("SIGKILLs survived", f"{len(steps)} of {len(steps)}, newest checkpoints at steps {min(steps):,} to "
-         f"{max(steps):,} of {options.steps:,}")
+    line("SIGKILLs survived", f"{len(steps)} in training, newest checkpoints at steps {min(steps):,} to "
+         f"{max(steps):,} of {options.steps:,}, and {options.kills_at_the_end} in the final episodes")
     line("differences in the end", different or "none")
     if options.repeats:
         shares = [share(seed) for seed in range(1, options.repeats + 1)]

@@ -24,7 +24,7 @@ RESULTS = Path(__file__).with_name("results")
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import dqn  # noqa: E402
-from conftest import scalars  # noqa: E402
+from conftest import scalars, verdict  # noqa: E402
 
 COLUMNS = ["env_id", "setting", "commit", "seed", "step", "tag", "value"]
 CURVE = "eval/episodic_return"
@@ -50,8 +50,8 @@ class Run(NamedTuple):
     @property
     def args(self):
         """All settings; as on the command line, TUNED comes before the plain defaults."""
-        tuned = dqn.tuned_settings(self.env_id) if self.changes.get("tuned", True) else {}
-        return dqn.Args(**tuned | self.changes | dict(env_id=self.env_id, seed=self.seed))
+        tuned = [] if self.changes.get("tuned", True) else ["--no-tuned"]
+        return dataclasses.replace(dqn.parse_args(["--env-id", self.env_id, *tuned]), seed=self.seed, **self.changes)
 
 
 @contextlib.contextmanager
@@ -102,17 +102,15 @@ def do(run, prepare=None, tags=()):
     """
     if prepare:
         prepare(run)
-    play, final = dqn.play, []
-    dqn.play = lambda *given: final.append(play(*given)) or final[-1]  # what the run itself plays at its end
     with quiet_folder():
         start = time.perf_counter()
         run_dir = dqn.train(run.args)
         seconds = time.perf_counter() - start
-        best = play(dqn.load(run_dir), run.args, dqn.FINAL_EPISODES)
-        shown = scalars(run_dir)
+        best = dqn.play(dqn.load(run_dir), run.args, 100)
+        final, shown = verdict(run_dir), scalars(run_dir)
     values = [(step, tag, value) for tag in (CURVE, *tags) for step, value in shown[tag]]
     steps = shown[CURVE][-1][0]
-    values += [(steps, FINAL, final[0].mean()), (steps, SPREAD, final[0].std()), (steps, BEST, best.mean()),
+    values += [(steps, FINAL, final["mean"]), (steps, SPREAD, final["std"]), (steps, BEST, best.mean()),
                (steps, STEPS, steps), (steps, SECONDS, seconds)]
     return rows_of(run, values)
 
