@@ -73,7 +73,7 @@ from tqdm import tqdm
 # batch, and gradients are averaged. Without torchrun, this process is the only one.
 IS_LAUNCHED = {"WORLD_SIZE", "RANK", "MASTER_ADDR"} <= os.environ.keys()
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IS_LAUNCHED else 1  # how many processes there are
-RANK = int(os.environ["RANK"]) if IS_LAUNCHED else 0  # this one; 0 evaluates, and logs its own part
+RANK = int(os.environ["RANK"]) if IS_LAUNCHED else 0  # this one; 0 evaluates and logs
 
 
 class UsageError(ValueError):
@@ -534,7 +534,7 @@ def learn(args, envs, eval_envs, agent, replay, log, progress, signals):
 def train(args):
     """Train, or go on with a run that was stopped; return its folder.
 
-    At a signal such as Ctrl-C, a run finishes its step, saves, and raises KeyboardInterrupt.
+    At a signal such as Ctrl-C, it finishes its step, saves, and raises KeyboardInterrupt.
     Raises UsageError for a setting that cannot work, and TrainingError if learning went wrong.
     """
     validate(args)
@@ -572,7 +572,7 @@ def train(args):
             if RANK == 0:
                 log.writer.flush()
             save_checkpoint(run_dir, parts, progress)
-        close_envs(envs)  # of some simulators only one can run at a time
+        close_envs(envs)  # with --eval-episodes 0, one simulator at a time is enough
         if RANK == 0 and progress.finished(args) and not signals:
             finish(args, agent.q_network, log, progress, signals)
     if dist.is_initialized():
@@ -584,23 +584,22 @@ def train(args):
 
 
 def make_agent(args, envs, device):
-    """Make the agent."""
+    """Make the agent, and have torch use one thread if its layers are small."""
     with blame(flag(args, "convolutions"), RuntimeError, "Kernel size", "; try smaller ones"):
         agent = Agent(args, envs, device)
     if not agent.q_network.is_image:
-        torch.set_num_threads(1)  # for small layers several threads are slower
+        torch.set_num_threads(1)  # several are slower then
     return agent
 
 
 def finish(args, q_network, log, progress, signals):
     """Let the last network play, then write result.json; a run that lacks it comes here again."""
-    folder = log.run_dir
     if args.save_model and progress.best_return == -math.inf:  # no evaluation chose one
-        save(folder / "model.pt", q_network.state_dict())
+        save(log.run_dir / "model.pt", q_network.state_dict())
     if args.final_episodes:
         returns = play(q_network, args, args.final_episodes, signals=signals)
     if args.capture_video and not signals:
-        play(q_network, args, 3, f"{folder}/videos/last", signals)
+        play(q_network, args, 3, f"{log.run_dir}/videos/last", signals)
     if signals:
         return
     limit = "stop_return" if progress.best_return >= args.stop_return else "total_timesteps"
@@ -612,9 +611,9 @@ def finish(args, q_network, log, progress, signals):
         result |= dict(episodes=len(returns), mean=returns.mean(), std=returns.std())
         log.scalars({"eval/final_return": returns.mean()}, progress.global_step)
         say(f"at the end: return {describe(returns)}")
-    # JSON has no NaN and no infinity.
-    save(folder / "result.json", json.loads(json.dumps(result), parse_constant=lambda name: None))
-    say(f"look at it: tensorboard --logdir {folder.parent}")
+    strict = json.loads(json.dumps(result), parse_constant=lambda name: None)  # no NaN, Infinity
+    save(log.run_dir / "result.json", strict)
+    say(f"look at it: tensorboard --logdir {log.run_dir.parent}")
 
 
 # ------------------------------------------------------------------------------------ environments
@@ -707,9 +706,9 @@ def close_envs(envs):
     processes = getattr(envs.unwrapped, "processes", [])
     for process in processes:
         process.join(0.1)  # what has just died may not be dead yet
-    if any(process.exitcode for process in processes):  # closing would wait for it
+    if any(process.exitcode for process in processes) and not envs.unwrapped.closed:
         for process in processes:
-            process.kill()  # the others heed nothing else, see `wrap`
+            process.kill()  # the others heed nothing else, see `wrap`; close() would wait for all
         envs.unwrapped.closed = True
         raise TrainingError("a process of --async-envs died; --resume goes on from the checkpoint")
     envs.close()
@@ -734,8 +733,6 @@ class Log:
             at_the_end.callback(wandb.finish)
         # purge_step hides what was logged after the checkpoint that this run goes on from.
         self.writer = SummaryWriter(str(run_dir), purge_step=step + 1, flush_secs=10)
-        rows = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        self.writer.add_text("hyperparameters", f"|setting|value|\n|-|-|\n{rows}", step)
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", file=sys.stdout,
                         disable=None)  # on a terminal only
         at_the_end.callback(self.writer.close)
@@ -765,6 +762,7 @@ class Log:
         """Log values by tag."""
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
+
 
 def say(text):
     """Print a line at once, above the progress bar; in the first process only."""
@@ -829,6 +827,18 @@ def play(q_network, args, episodes, video_folder="", signals=()):
     return np.ravel(returns)[:episodes]
 
 
+def show(args):
+    """Let the best network of a run play."""
+    validate(args)
+    with ExitStack() as at_the_end:
+        device = start_processes(args, at_the_end)
+        if RANK == 0:
+            q_network = load(args.evaluate).to(device)
+            if args.capture_video:
+                play(q_network, args, 3, f"{args.evaluate}/videos/best")
+            say(f"return {describe(play(q_network, args, args.eval_episodes or 1))}")
+
+
 def load(run_dir):
     """Load the best network of a run."""
     args = load_args(run_dir)
@@ -875,7 +885,8 @@ def save_checkpoint(run_dir, parts, progress):
     save(path, asdict(progress) | {name: part.state_dict() for name, part in parts.items()})
     if dist.is_initialized():
         dist.barrier()
-    for old in run_dir.glob(f"*checkpoint-*-{RANK}-of-{WORLD_SIZE}.pt*"):  # half-written ones, too
+    name = f"checkpoint-*-{RANK}-of-{WORLD_SIZE}.pt"
+    for old in *run_dir.glob(name), *run_dir.glob(f".{name}.tmp"):  # half-written ones, too
         if old != path:
             old.unlink()
 
@@ -946,24 +957,25 @@ def from_rank_0(value):
 
 
 def on_stop(handler):
-    """Set what is done about signals, but for ignored ones (nohup); return what was done before."""
-    # Ctrl-C; what Slurm or Kubernetes sends; a terminal that is closed, which Windows does not tell
+    """Set what is done about Ctrl-C, SIGTERM and a closed terminal; return what was done before."""
+    # Windows has no SIGHUP. What is ignored stays so, as under nohup.
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
     return {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
 
 
 def catch_signals(at_the_end):
     """Collect signals, so that a run can finish its step; a second one ends the process."""
+    caught = []
     def handler(number, frame):
         caught.append(number)
         on_stop(signal.SIG_DFL)
         with suppress(OSError):
             os.write(1, b"\nends after this step; a second signal ends it at once\n")
 
-    caught = []
-    with suppress(ValueError):  # only the main thread may
-        for number, before in on_stop(handler).items() if WORLD_SIZE == 1 else ():
-            at_the_end.callback(signal.signal, number, before)
+    if WORLD_SIZE == 1:  # torchrun heeds them itself
+        with suppress(ValueError):  # outside the main thread
+            for number, before in on_stop(handler).items():
+                at_the_end.callback(signal.signal, number, before)
     return caught
 
 
@@ -999,10 +1011,7 @@ def check_memory(args, needed, device):
 
 def check_video(args):
     """Raise UsageError if episodes cannot be recorded: before a run, not after it."""
-    with (
-        blame(flag(args, "capture_video"), Exception, "", "; leave it out"),
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    with blame(flag(args, "capture_video"), Exception), tempfile.TemporaryDirectory() as folder:
         envs = make_envs(args, 1, video_folder=f"{folder}/videos")
         envs.reset()
         envs.close()
@@ -1017,8 +1026,8 @@ def check_rewards(rewards, step):
 def check_loss(metrics, step):
     """Raise TrainingError if the loss of the last gradient step was infinite or NaN."""
     if metrics and not math.isfinite(metrics["losses/td_loss"]):
-        advice = "try a lower --learning-rate, or look for NaN in observations"
-        raise TrainingError(f"step {step:,}: the loss is not finite; {advice}")
+        raise TrainingError(f"step {step:,}: the loss is not finite; try a lower --learning-rate, "
+                            "or look for NaN in observations")
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -1066,10 +1075,9 @@ LIMITS = (
 )
 
 # What may differ when a run goes on; anything else would make it another experiment.
-MAY_CHANGE = (
-    "resume evaluate total_timesteps stop_return eval_frequency eval_episodes eval_max_steps "
-    "final_episodes save_model capture_video track wandb_project_name wandb_entity cuda compile"
-)
+MAY_CHANGE = ("resume evaluate total_timesteps stop_return eval_frequency eval_episodes "
+              "eval_max_steps final_episodes save_model capture_video track wandb_project_name "
+              "wandb_entity cuda compile")
 
 
 def flag(args, name):
@@ -1139,13 +1147,7 @@ def main():
         if args.evaluate is None:
             train(args)
         else:
-            validate(args)
-            device = start_processes(args, ExitStack())
-            if RANK == 0:
-                q_network = load(args.evaluate).to(device)
-                if args.capture_video:
-                    play(q_network, args, 3, f"{args.evaluate}/videos/best")
-                say(f"return {describe(play(q_network, args, args.eval_episodes or 1))}")
+            show(args)
     except KeyboardInterrupt as interrupt:
         sys.exit(128 + next(iter(interrupt.args), signal.SIGINT))
     except (UsageError, TrainingError) as error:

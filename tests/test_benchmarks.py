@@ -122,14 +122,6 @@ def test_exploring_starts_slip_as_often_as_is_published():
     assert np.bincount(envs.state, minlength=16)[[10, 14, 15]] / 30_000 == pytest.approx([1 / 3] * 3, abs=0.02)
 
 
-def test_exploring_starts_are_truncated_after_their_limit():
-    envs = optimality.ExploringStarts(1, "CliffWalking-v1", 4)
-    envs.reset(seed=1)
-    envs.state[:] = 0
-    truncated = [envs.step(np.array([0]))[3][0] for _ in range(5)]  # up, against the wall
-    assert truncated == [False, False, False, True, False]
-
-
 def test_targets_that_swing_to_and_fro_count_as_moving():
     args = dqn.Args(**target_network.PLAIN)
     agent = target_network.Agent(args, dqn.make_envs(args, 1), torch.device("cpu"))

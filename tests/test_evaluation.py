@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -30,8 +31,10 @@ def test_the_log_holds_every_tag_at_its_steps(in_tmp):
 
 
 def test_logged_returns_and_lengths_are_those_of_the_episodes(in_tmp):
-    shown = scalars(train(num_envs=3, env_id="MountainCar-v0", total_timesteps=2000, learning_starts=1900,
-                          checkpoint_frequency=0))
+    run_dir = train(num_envs=3, env_id="MountainCar-v0", total_timesteps=2000, learning_starts=1900,
+                    checkpoint_frequency=0, save_model=False)
+    assert not (run_dir / "model.pt").exists()
+    shown = scalars(run_dir)
     # each step costs 1 and the limit is 200; the reset step is no step, so episodes end after 200, 401, … of each
     assert shown["charts/episodic_return"] == [(step, -200.0) for step in (600, 1203, 1806)]
     assert shown["charts/episodic_length"] == [(step, 200.0) for step in (600, 1203, 1806)]
@@ -50,10 +53,6 @@ def test_what_is_kept_is_the_best_network_and_not_what_came_of_it(in_tmp, monkey
     saved = torch.load(run_dir / "model.pt")
     assert all(torch.equal(networks[0][name], saved[name]) for name in saved)
     assert not any(torch.equal(networks[1][name], saved[name]) for name in saved)
-
-
-def test_no_save_model_writes_none(in_tmp):
-    assert not (train(save_model=False) / "model.pt").exists()
 
 
 def test_the_run_ends_once_an_evaluation_reaches_the_stop_return_and_plays_other_episodes_then(in_tmp, monkeypatch):
@@ -177,6 +176,7 @@ def test_episodes_are_played_in_rounds_and_each_has_a_seed_of_its_own(settings, 
     kind = "AsyncVectorEnv" if settings.get("async_envs") else "SyncVectorEnv"
     assert [(seed - first, count) for seed, name, count in played if name == kind or count == 5] == rounds
     assert returns.tolist() == [first + i for i in range(5)]
+    assert len(dqn.play(None, Args(**settings), 5, signals=[signal.SIGTERM])) == 0, "no round begins after a signal"
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "ALE/Pong-v5"])
