@@ -573,7 +573,7 @@ def train(args):
                 log.writer.flush()
             save_checkpoint(run_dir, parts, progress)
         close_envs(envs)  # with --eval-episodes 0, one simulator at a time is enough
-        if RANK == 0 and progress.finished(args) and not signals:
+        if RANK == 0 and not signals:
             finish(args, agent.q_network, log, progress, signals)
     if dist.is_initialized():
         dist.destroy_process_group()

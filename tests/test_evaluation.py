@@ -61,6 +61,7 @@ def test_the_run_ends_once_an_evaluation_reaches_the_stop_return_and_plays_other
         seeds.append((envs.num_envs, seed)), play(q_network, envs, seed, *rest))[1])
     run_dir = train(env_id="environments:Trail-v0", stop_return=5.0)  # what its every episode returns
     assert (run_dir / "checkpoint-500-0-of-1.pt").exists()
+    assert verdict(run_dir)["ended_by"] == "--stop-return 5.0"
     train()
     assert [count for count, _ in seeds] == [2] * (1 + 2 + 3 + 2), "evaluations, and rounds at the end"
     assert len({seed for _, seed in seeds}) == 5, "each evaluation has its own; those of two runs of a seed are equal"
@@ -123,10 +124,9 @@ def test_a_run_shows_its_folder_progress_evaluations_and_verdict_in_plain_lines(
 @pytest.mark.parametrize("final_episodes", [0, 3])
 def test_a_run_without_evaluations_needs_one_environment_at_a_time_and_keeps_its_last_network(final_episodes, in_tmp):
     run_dir = train(env_id="environments:One-v0", eval_episodes=0, final_episodes=final_episodes)
-    last = torch.load(run_dir / "checkpoint-1200-0-of-1.pt")["q_network"]
-    assert all(torch.equal(value, last[name]) for name, value in dqn.load(run_dir).state_dict().items())
-    assert not dqn.load(run_dir).training
-    result = verdict(run_dir)
+    last, result, network = torch.load(run_dir / "checkpoint-1200-0-of-1.pt"), verdict(run_dir), dqn.load(run_dir)
+    assert all(torch.equal(value, last["q_network"][name]) for name, value in network.state_dict().items())
+    assert not network.training
     assert (result["best_return"], result.get("mean"), result.get("episodes")) == (
         None, *((5.0, 3) if final_episodes else (None, None)))
     assert [tag for tag in scalars(run_dir) if tag.startswith("eval")] == ["eval/final_return"] * bool(final_episodes)

@@ -140,8 +140,8 @@ def test_a_signal_in_an_evaluation_or_in_the_final_episodes_ends_these_within_a_
 
 
 def test_a_signal_after_the_verdict_changes_nothing(in_tmp, monkeypatch, capfd):
-    say = dqn.say
-    monkeypatch.setattr(dqn, "say", lambda text: (say(text), "look at it" in text and signal.raise_signal(2)))
+    monkeypatch.setattr(dqn, "say", lambda text, say=dqn.say: (
+        say(text), "look at it" in text and signal.raise_signal(signal.SIGTERM)))
     assert verdict(train())["episodes"] == 3
     assert "interrupted" not in capfd.readouterr().out
 
