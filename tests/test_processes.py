@@ -55,7 +55,7 @@ def steps_saved(run_dir):
 
 @pytest.mark.parametrize(("ranks", "kills"), [(0, 8), (2, 3)])
 def test_after_ten_kills_or_five_of_two_ranks_nothing_differs(ranks, kills, in_tmp):
-    """SIGKILL to all: at random moments, every other time while a checkpoint is written, twice in the final episodes."""
+    """SIGKILL to all at random moments, every other time while a checkpoint is written, twice in the final episodes."""
     settings = KILLED | dict(final_episodes=100) | (dict(total_timesteps=16_000) if ranks else {})
     finish(start(*flags(**settings, resume="runs/alone"), cwd=in_tmp, ranks=ranks))
     rng, steps, in_writes = random.Random(1), [], 0
