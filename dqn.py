@@ -845,9 +845,8 @@ def load(run_dir):
     envs = make_envs(args, 1)
     q_network = QNetwork(args, envs).eval()
     envs.close()
-    path = Path(run_dir, "model.pt")
-    with blame(f"{path} does not fit this dqn.py", RuntimeError):
-        q_network.load_state_dict(read_tensors(path))
+    with blame(f"{run_dir}/model.pt does not fit this dqn.py", RuntimeError):
+        q_network.load_state_dict(read_tensors(Path(run_dir, "model.pt")))
     return q_network
 
 
@@ -1011,10 +1010,11 @@ def check_memory(args, needed, device):
 
 def check_video(args):
     """Raise UsageError if episodes cannot be recorded: before a run, not after it."""
-    with blame(flag(args, "capture_video"), Exception), tempfile.TemporaryDirectory() as folder:
-        envs = make_envs(args, 1, video_folder=f"{folder}/videos")
-        envs.reset()
-        envs.close()
+    with tempfile.TemporaryDirectory() as folder:
+        with blame(flag(args, "capture_video"), Exception, "", "; leave it out"):
+            envs = make_envs(args, 1, video_folder=f"{folder}/videos")
+            envs.reset()
+            envs.close()
 
 
 def check_rewards(rewards, step):

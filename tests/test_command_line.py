@@ -133,7 +133,7 @@ BAD_INPUT = {
     "--tau 0": "--tau 0.0: must be between 1e-30 and 1",
     "--env-id ALE/Pong-v5 --convolutions 16 8 4 32 21 1": r"--convolutions \(.*\): .*Kernel size: \(21 x 21\).*",
     "--buffer-size 100000000000": r"--buffer-size 100000000000: takes [\d,.]+ GiB of memory, [\d.]+ GiB are free; .*",
-    "--env-id environments:Walk-v0 --capture-video": "--capture-video True: .*",
+    "--env-id environments:Walk-v0 --capture-video": "--capture-video True: .*; leave it out",
     "--env-id environments:Unpainted-v0 --capture-video": "--capture-video True: .*a_painter_nobody_has.*",
     "--resume runs/typo": "--resume runs/typo: no run is there; to begin it, give --env-id",
     "--evaluate nowhere": "nowhere is not the folder of a run of this dqn.py: .*",
