@@ -59,13 +59,14 @@ def test_after_ten_kills_or_five_of_two_ranks_nothing_differs(ranks, kills, in_t
     settings = KILLED | dict(final_episodes=100) | (dict(total_timesteps=16_000) if ranks else {})
     finish(start(*flags(**settings, resume="runs/alone"), cwd=in_tmp, ranks=ranks))
     rng, steps, in_writes = random.Random(1), [], 0
+    names = {f"checkpoint-{settings['total_timesteps']}-{rank}-of-{ranks or 1}.pt" for rank in range(ranks or 1)}
     for number in range(kills + 2):
         process = start(*flags(**settings, resume="runs/killed"), cwd=in_tmp, ranks=ranks)
         line(process, "a new run|goes on")
         time.sleep(0.3 * rng.random() * (number < kills))
         pids = family(process.pid)  # looked up first: a write is over in milliseconds
         if number >= kills:
-            until(lambda: steps_saved("runs/killed") == [settings["total_timesteps"]])
+            until(lambda: {path.name for path in in_tmp.glob("runs/killed/checkpoint*")} == names)
         elif number % 2:
             until(lambda: list(in_tmp.glob("runs/killed/.checkpoint*")))
         assert process.poll() is None, "it came to its end"
@@ -80,7 +81,6 @@ def test_after_ten_kills_or_five_of_two_ranks_nothing_differs(ranks, kills, in_t
     assert 0 < steps[-3] < settings["total_timesteps"]
     assert not Path("runs/killed/result.json").exists()
     finish(start(*flags(**settings, resume="runs/killed"), cwd=in_tmp, ranks=ranks))
-    names = {f"checkpoint-{settings['total_timesteps']}-{rank}-of-{ranks or 1}.pt" for rank in range(ranks or 1)}
     assert {path.name for path in Path("runs/killed").glob("checkpoint*")} == names
     assert differences(outcome(in_tmp / "runs/alone"), outcome(in_tmp / "runs/killed")) == []
 
