@@ -384,7 +384,7 @@ class Agent:
         self.args = args
         self.num_actions = envs.single_action_space.n
         self.device = device
-        self.q_network = QNetwork(args, envs).to(device).eval()  # but for `update`
+        self.q_network = QNetwork(args, envs).to(device).eval()  # `update` trains it
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
         parameters = self.q_network.parameters()
         self.optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)
@@ -688,13 +688,11 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
         )
         options |= dict(frameskip=1) if is_atari else {}  # AtariPreprocessing skips frames
         options |= dict(render_mode="rgb_array") if video_folder else {}
-    with (
-        blame(flag(args, "env_id"), (ImportError, gym.error.Error), "", "; is it installed?"),
-        blame(flag(args, "env_kwargs"), TypeError, "keyword argument"),
-    ):
-        if is_atari:
-            import ale_py  # noqa: F401  (registers the games)
-        envs = gym.make_vec(args.env_id, num_envs, **options, **args.env_kwargs)
+    with blame(flag(args, "env_id"), (ImportError, gym.error.Error), "", "; is it installed?"):
+        with blame(flag(args, "env_kwargs"), TypeError, "keyword argument"):
+            if is_atari:
+                import ale_py  # noqa: F401  (registers the games)
+            envs = gym.make_vec(args.env_id, num_envs, **options, **args.env_kwargs)
     actions = envs.single_action_space
     if not isinstance(actions, spaces.Discrete):
         raise UsageError(f"{flag(args, 'env_id')}: DQN needs Discrete actions, not {actions}")
@@ -930,7 +928,7 @@ def open_run_dir(args, at_the_end):
 
 # --------------------------------------------------------------------------------------- processes
 def start_processes(args, at_the_end):
-    """Join the other processes, if torchrun started several; return the device of this one."""
+    """Join the other processes, if torchrun started several; set torch up, return the device."""
     if WORLD_SIZE > 1:
         # torchrun's store outlives processes that it starts again: the prefix keeps them apart.
         store, rank, world_size = next(dist.rendezvous("env://"))
@@ -965,6 +963,7 @@ def on_stop(handler):
 def catch_signals(at_the_end):
     """Collect signals, so that a run can finish its step; a second one ends the process."""
     caught = []
+
     def handler(number, frame):
         caught.append(number)
         on_stop(signal.SIG_DFL)
@@ -1086,7 +1085,7 @@ def flag(args, name):
 
 
 def validate(args):
-    """Raise UsageError for the first setting that cannot work."""
+    """Raise UsageError for the first setting that cannot work; say what a new length changes."""
     for low, high, names in LIMITS:
         for name in names.split():
             if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
