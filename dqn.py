@@ -37,11 +37,12 @@ Young & Tian 2019, "MinAtar" (a network for small images)
 # ]
 # ///
 
+import ast
 import copy
-import importlib.util
 import json
 import math
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -50,11 +51,11 @@ from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial
-from itertools import pairwise
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import ale_py  # noqa: F401  (registers the games of Atari)
 import filelock
 import gymnasium as gym
 import numpy as np
@@ -76,34 +77,26 @@ WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if IS_LAUNCHED else 1  # how many pro
 RANK = int(os.environ["RANK"]) if IS_LAUNCHED else 0  # this one; 0 evaluates and logs
 
 
-class UsageError(ValueError):
-    """A setting that cannot work: the message names the flag, its value and what would be right."""
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on: the message says at which step, and why."""
-
-
 # ---------------------------------------------------------------------------------------- settings
 @dataclass(kw_only=True)
 class Args:
     """All settings, and their defaults.
 
-    On the command line TUNED, near the end, has other defaults for some environments, such as
-    CartPole-v1. Textbook DQN is --no-tuned --no-double-q --no-layer-norm --no-anneal-lr.
+    On the command line some environments, such as CartPole-v1, have other defaults, tuned for them.
+    Textbook DQN is --no-tuned --no-double-q --no-layer-norm --no-anneal-lr.
     A frequency is a number of steps between two events. Steps of all environments are counted.
     """
 
     # the experiment
     env_id: str = "CartPole-v1"  # Gymnasium id; "module:Id-v0" imports the module first
-    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # its arguments
+    env_kwargs: dict[str, str] = field(default_factory=dict)  # e.g. map_name 8x8 is_slippery false
     num_envs: int = 1  # environments stepped side by side
     async_envs: bool = False  # each environment in a process of its own, for slow ones
     frame_stack: int = 1  # newest frames that make up an observation
     clip_rewards: bool = False  # learn from rewards clipped to [-1, 1]; logged ones are not clipped
     total_timesteps: int = 500_000  # length of the run
     seed: int = 1  # of all random numbers
-    tuned: bool = True  # on the command line, begin with TUNED; flags that are given still win
+    tuned: bool = True  # begin with settings tuned for the environment; flags that are given win
     # the network
     convolutions: tuple[tuple[int, int, int], ...] = ()  # channels, kernel, stride; or by size
     hidden_sizes: tuple[int, ...] = (120, 84)  # units of the hidden layers; may be empty
@@ -131,6 +124,7 @@ class Args:
     eval_frequency: int = 25_000  # steps between two greedy evaluations; 0: only at the end
     eval_episodes: int = 20  # episodes of an evaluation, played side by side; 0: no evaluations
     eval_max_steps: int = 10_000  # an episode of an evaluation is cut after so many steps
+    eval_epsilon: float = 0.0  # probability of a random action in an evaluation; 0 is greedy
     final_episodes: int = 100  # episodes of the last network at the end; 0: none
     stop_return: float = math.inf  # end the run once an evaluation reaches this mean return
     checkpoint_frequency: int = 50_000  # steps between checkpoints, which cut episodes; 0: at end
@@ -163,12 +157,14 @@ def frame_shape(args, envs):
     return shape[1:] if args.frame_stack > 1 else shape
 
 
-def input_scale(space):
+def input_scale(space, is_small_image):
     """Compute factors that bring bytes to [0, 1], entries bounded by less than 0.1 to [-1, 1]."""
-    # Such entries would be lost beside larger ones (MountainCar's velocity, at most 0.07).
-    bound = np.maximum(np.abs(np.float32(space.low)), np.abs(np.float32(space.high)))
-    is_scaled = (bound == 255) | ((bound > 0) & (bound < 0.1))
-    return torch.tensor(np.where(is_scaled, 1 / np.maximum(bound, 1e-8), 1.0), dtype=torch.float32)
+    # Such entries would be lost beside larger ones (MountainCar's velocity, at most 0.07). Bytes of
+    # a small image come to [0, 16]: they may be symbols, 0 to 10 (MiniGrid), which would vanish.
+    bound = torch.as_tensor(np.maximum(-np.float32(space.low), np.float32(space.high)))
+    scale = torch.where((bound > 0) & (bound < 0.1), 1 / bound, 1.0)
+    scale[bound == 255] = 1 / 16 if is_small_image else 1 / 255
+    return scale
 
 
 class QNetwork(nn.Module):
@@ -180,23 +176,24 @@ class QNetwork(nn.Module):
         frame = frame_shape(args, envs)
         self.is_image = len(frame) > 1  # see `wrap`
         self.input_shape = (-1, *frame[-2:]) if self.is_image else (-1,)
+        is_small = self.is_image and min(frame[-2:]) < 36
+        by_size = SMALL_IMAGES if is_small else LARGE_IMAGES
+        self.convolutions = (args.convolutions or by_size) if self.is_image else ()
         layers = []
-        if self.is_image:
-            by_size = LARGE_IMAGES if min(frame[-2:]) >= 36 else SMALL_IMAGES
-            for channels, kernel, stride in args.convolutions or by_size:
-                layers += [nn.LazyConv2d(channels, kernel, stride)]
-                layers += [nn.GroupNorm(1, channels)] if args.layer_norm else []
-                layers += [nn.ReLU()]
-            layers += [nn.Flatten()]
+        for channels, kernel, stride in self.convolutions:
+            layers += [nn.LazyConv2d(channels, kernel, stride)]
+            layers += [nn.GroupNorm(1, channels)] if args.layer_norm else []
+            layers += [nn.ReLU()]
+        layers += [nn.Flatten()] if self.is_image else []
         for units in args.hidden_sizes:
             layers += [nn.LazyLinear(units)]
             layers += [nn.LayerNorm(units)] if args.layer_norm else []
             layers += [nn.ReLU()]
-        num_actions = int(envs.single_action_space.n)
-        layers += [nn.LazyLinear(num_actions + 1 if args.dueling else num_actions)]
+        self.num_actions = int(envs.single_action_space.n)
+        layers += [nn.LazyLinear(self.num_actions + args.dueling)]  # one more for a state value
         self.layers = nn.Sequential(*layers)
         space = envs.single_observation_space
-        self.register_buffer("scale", input_scale(space), persistent=False)
+        self.register_buffer("scale", input_scale(space, is_small), persistent=False)
         self(torch.zeros(1, *space.shape))  # lazy layers take input sizes from a first pass
 
     def forward(self, observations):
@@ -208,6 +205,16 @@ class QNetwork(nn.Module):
             value, advantages = x[:, :1], x[:, 1:]
             x = value + advantages - advantages.mean(1, keepdim=True)  # Wang, equation 9
         return x
+
+    @torch.no_grad()
+    def act(self, observations, epsilon, rng):
+        """Choose epsilon-greedy actions (N,), counted from 0."""
+        explores = rng.random(len(observations)) < epsilon
+        actions = rng.integers(self.num_actions, size=len(observations))
+        if not explores.all():
+            q_values = self(torch.from_numpy(observations).to(self.scale.device))
+            actions = np.where(explores, actions, q_values.cpu().numpy().argmax(1))
+        return actions
 
 
 # ----------------------------------------------------------------------------------- replay buffer
@@ -256,8 +263,8 @@ class ReplayBuffer:
         self.num_rows = args.buffer_size // args.num_envs + args.n_step + args.frame_stack
         ring = self.num_rows, self.num_envs
         frame = frame_shape(args, envs)
-        dtypes = {np.uint8: torch.uint8, np.bool_: torch.bool}
-        dtype = dtypes.get(envs.single_observation_space.dtype.type, torch.float32)
+        dtype = torch.as_tensor(envs.single_observation_space.low).dtype
+        dtype = dtype if dtype.itemsize == 1 else torch.float32  # bytes and booleans stay such
         frame_bytes = math.prod(frame) * dtype.itemsize
         check_memory(args, math.prod(ring) * (frame_bytes + 14), device)  # 8 + 4 + 1 + 1: below
         # Frames are on the device that trains; the rest is NumPy's, which is faster at indexing.
@@ -382,8 +389,6 @@ class Agent:
 
     def __init__(self, args, envs, device):
         self.args = args
-        self.num_actions = envs.single_action_space.n
-        self.device = device
         self.q_network = QNetwork(args, envs).to(device).eval()  # `update` trains it
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
         parameters = self.q_network.parameters()
@@ -396,16 +401,6 @@ class Agent:
             self.training_network = nn.parallel.DistributedDataParallel(
                 self.q_network, forward_sync_buffers=False
             )
-
-    @torch.no_grad()
-    def act(self, observations, epsilon, rng):
-        """Choose epsilon-greedy actions (N,), counted from 0."""
-        explores = rng.random(len(observations)) < epsilon
-        actions = rng.integers(self.num_actions, size=len(observations))
-        if not explores.all():
-            q_values = self.q_network(torch.from_numpy(observations).to(self.device))
-            actions = np.where(explores, actions, q_values.cpu().numpy().argmax(1))
-        return actions
 
     @torch.no_grad()
     def td_target(self, batch):
@@ -502,7 +497,7 @@ def learn(args, envs, eval_envs, agent, replay, log, progress, signals):
         # Act epsilon-greedily in all environments. The last observation of an episode comes as any
         # other; the step after it only resets. That step counts, but no transition begins there.
         epsilon = epsilon_at(args, progress.global_step)
-        actions = agent.act(observations, epsilon, rng)
+        actions = agent.q_network.act(observations, epsilon, rng)
         next_observations, rewards, terminated, truncated, infos = envs.step(actions)
         progress.global_step += args.num_envs  # of all processes
         steps = range(progress.global_step - args.num_envs + 1, progress.global_step + 1)
@@ -523,7 +518,7 @@ def learn(args, envs, eval_envs, agent, replay, log, progress, signals):
         eval_due = due(args.eval_frequency, steps) or steps[-1] >= args.total_timesteps
         save_due = due(args.checkpoint_frequency, steps) or bool(signals)
         if log_due or eval_due or save_due:
-            check_loss(metrics, progress.global_step)
+            check_loss(metrics, replay, progress.global_step)
         if RANK == 0:  # the others have no log and no eval_envs
             log.record(infos, epsilon, metrics if log_due else {}, steps)
         if eval_due:  # the others wait for what it finds
@@ -571,6 +566,8 @@ def train(args):
             learn(args, envs, eval_envs, agent, replay, log, progress, signals)
             if RANK == 0:
                 log.writer.flush()
+                if not (log.returns or signals):
+                    say_once("no episode ended: checkpoints cut them; raise --checkpoint-frequency")
             save_checkpoint(run_dir, parts, progress)
         close_envs(envs)  # with --eval-episodes 0, one simulator at a time is enough
         if RANK == 0 and not signals:
@@ -589,6 +586,7 @@ def make_agent(args, envs, device):
         agent = Agent(args, envs, device)
     if not agent.q_network.is_image:
         torch.set_num_threads(1)  # several are slower then
+    say(f"network: convolutions {agent.q_network.convolutions}, hidden layers {args.hidden_sizes}")
     return agent
 
 
@@ -617,24 +615,32 @@ def finish(args, q_network, log, progress, signals):
 
 
 # ------------------------------------------------------------------------------------ environments
-class WithoutInfo(gym.Wrapper):
-    """Drop info, which DQN does not read and Gymnasium cannot always batch."""
+class Tame(gym.Wrapper):
+    """Seed all that an environment may draw from; drop info, which not always can be batched."""
 
-    def reset(self, **kwargs):
-        return self.env.reset(**kwargs)[0], {}
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            env = self.unwrapped
+            for source in random, np.random, env.action_space, env.observation_space:
+                source.seed(seed)
+        return self.env.reset(seed=seed)[0], {}
 
     def step(self, action):
         return *self.env.step(action)[:4], {}
 
+    def render(self):
+        return np.copy(self.env.render())  # a video keeps it, and it may be changed in place
 
-def wrap(env, args, video_folder, main_pid):
+
+def wrap(env, args, is_atari, video_folder, main_pid):
     """Bring an environment into the core's form: actions from 0; images, or vectors of numbers."""
     if os.getpid() != main_pid:  # a process of async_envs leaves signals to the main one
         on_stop(signal.SIG_IGN)
+    env = Tame(env)
     if video_folder:
         env = wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True)
-    if "ALE/" in args.env_id:
-        env = wrappers.AtariPreprocessing(env)
+    if is_atari:
+        env = wrappers.AtariPreprocessing(env)  # skips frames itself, and takes grey ones
     actions, space = env.action_space, env.observation_space
     if isinstance(actions, spaces.Discrete) and actions.start != 0:
         from_0 = spaces.Discrete(actions.n)
@@ -643,26 +649,27 @@ def wrap(env, args, video_folder, main_pid):
         check_numbers(args, "observation", space)
         env = wrappers.FlattenObservation(env)
     elif is_channels_last(space.shape):
-        low, high = np.moveaxis(space.low, -1, 0), np.moveaxis(space.high, -1, 0)
-        first = spaces.Box(low, high, dtype=space.dtype)
-        env = wrappers.TransformObservation(env, lambda hwc: np.moveaxis(hwc, -1, 0), first)
+        to_front = partial(np.moveaxis, source=-1, destination=-3)
+        first = spaces.Box(to_front(space.low), to_front(space.high), dtype=space.dtype)
+        env = wrappers.TransformObservation(env, to_front, first)
     if args.frame_stack > 1:
+        # An environment may change its observation in place: copy what the stack keeps.
+        env = wrappers.TransformObservation(env, np.copy, env.observation_space)
         env = wrappers.FrameStackObservation(env, args.frame_stack, padding_type="zero")
-    return wrappers.RecordEpisodeStatistics(WithoutInfo(env))
+    return wrappers.RecordEpisodeStatistics(env)
 
 
 def is_image(space):
-    """Tell if observations are images: bytes or booleans, (H, W), (C, H, W) or (H, W, C)."""
-    if space.dtype not in (np.uint8, np.bool_) or len(space.shape) not in (2, 3):
+    """Tell if observations are images of bytes or booleans, or stacks of them: (4, 84, 84, 3)."""
+    if space.dtype not in (np.uint8, np.bool_) or len(space.shape) not in (2, 3, 4):
         return False
-    sides = space.shape[:2] if is_channels_last(space.shape) else space.shape[-2:]
-    return min(sides) >= 3
+    return min(space.shape[-3:-1] if is_channels_last(space.shape) else space.shape[-2:]) >= 3
 
 
 def is_channels_last(shape):
     """Tell (H, W, C) from (C, H, W): of neighbours, H and W are those with a ratio nearer to 1."""
-    ratios = [max(pair) / min(pair) for pair in pairwise(shape)]
-    return len(shape) == 3 and ratios[0] <= ratios[1]
+    first, last = shape[-3:-1], shape[-2:]
+    return len(shape) > 2 and max(first) / min(first) <= max(last) / min(last)
 
 
 def make_envs(args, num_envs, async_envs=False, video_folder=""):
@@ -672,30 +679,35 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
     (Gymnasium's NEXT_STEP autoreset). With `video_folder`, every episode is recorded there.
     Raises UsageError if there is no such environment, or DQN cannot learn it.
     """
-    is_atari = "ALE/" in args.env_id
-    is_cartpole = args.env_id == "CartPole-v1" and args.frame_stack == 1 and num_envs > 4
+    env_id = args.env_id.split(":")[-1]
+    is_atari = env_id.startswith("ALE/")
+    is_cartpole = env_id == "CartPole-v1" and args.frame_stack == 1 and num_envs > 4
     # These two have code for many environments at once, which is faster (CartPole's from five on)
     # and resets in the next step, too. Atari's does what `wrap` does, CartPole needs none of it.
-    has_own_vector = (is_atari or is_cartpole) and not (async_envs or video_folder)
-    if has_own_vector:
-        options = dict(vectorization_mode="vector_entry_point")
-        if is_atari:  # whole games, raw rewards
-            options |= dict(stack_num=args.frame_stack, reward_clipping=False, use_fire_reset=False)
-    else:
-        options = dict(
+    needs_wrap = async_envs or video_folder or {"mode", "difficulty"} & args.env_kwargs.keys()
+    has_own_vector = (is_atari or is_cartpole) and not needs_wrap
+    options = dict(id=args.env_id, num_envs=num_envs)
+    if not has_own_vector:
+        main_pid = os.getpid()
+        options |= dict(
             vectorization_mode="async" if async_envs else "sync", disable_env_checker=True,
-            wrappers=[partial(wrap, args=args, video_folder=video_folder, main_pid=os.getpid())],
+            wrappers=[lambda env: wrap(env, args, is_atari, video_folder, main_pid)],
         )
-        options |= dict(frameskip=1) if is_atari else {}  # AtariPreprocessing skips frames
         options |= dict(render_mode="rgb_array") if video_folder else {}
-    with blame(flag(args, "env_id"), (ImportError, gym.error.Error), "", "; is it installed?"):
+        options |= dict(frameskip=1, obs_type="grayscale") if is_atari else {}
+    elif is_atari:  # whole games, raw rewards
+        options |= dict(stack_num=args.frame_stack, reward_clipping=False, use_fire_reset=False)
+    cause = flag(args, "env_id")
+    with blame(cause, (ImportError, gym.error.Error)):
         with blame(flag(args, "env_kwargs"), TypeError, "keyword argument"):
-            if is_atari:
-                import ale_py  # noqa: F401  (registers the games)
-            envs = gym.make_vec(args.env_id, num_envs, **options, **args.env_kwargs)
+            envs = gym.make_vec(**options, **args.env_kwargs)
+    if envs.spec.id != env_id:  # Gymnasium takes the newest version then
+        raise UsageError(f"{cause}: give its version, {envs.spec.id}")
+    if envs.spec.entry_point == "ale_py.env:AtariEnv" and not is_atari:
+        raise UsageError(f"{cause}: gives raw frames; use an id such as ALE/Pong-v5")
     actions = envs.single_action_space
     if not isinstance(actions, spaces.Discrete):
-        raise UsageError(f"{flag(args, 'env_id')}: DQN needs Discrete actions, not {actions}")
+        raise UsageError(f"{cause}: DQN needs Discrete actions, not {actions}")
     return wrappers.vector.RecordEpisodeStatistics(envs) if has_own_vector else envs
 
 
@@ -750,8 +762,8 @@ class Log:
             self.scalars(metrics | {"charts/epsilon": epsilon, "charts/SPS": speed}, steps[-1])
         self.bar.update(len(steps))
         if due(self.bar.total // 20 or 1, steps):
-            recent = f"return {np.mean(self.returns):.1f}, " if self.returns else ""
-            status = f"{recent}epsilon {epsilon:.2f}"
+            recent = f"return {np.mean(self.returns):.1f}" if self.returns else "no episode yet"
+            status = f"{recent}, epsilon {epsilon:.2f}"
             self.bar.set_postfix_str(status)
             if self.bar.disable:
                 say(f"step {steps[-1]:,} of {self.bar.total:,}: {status}")
@@ -772,13 +784,19 @@ def say(text):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+say_once = cache(say)  # print a text the first time only
+
+
 # -------------------------------------------------------------------------------------- evaluation
 def evaluate(args, agent, envs, log, progress, signals):
     """Play greedy episodes, keep the network if none was better; return the best mean return."""
     best_return = progress.best_return
     if envs is not None:  # the other processes wait for what the first one finds
         seed = derive_seed(args.seed, EVALUATION, progress.global_step)
-        returns = greedy_returns(agent.q_network, envs, seed, args.eval_max_steps, signals)
+        before = random.getstate(), np.random.get_state()
+        returns = greedy_returns(agent.q_network, envs, seed, args, signals)
+        random.setstate(before[0])  # training goes on as if there had been no evaluation
+        np.random.set_state(before[1])
         if signals:  # they were cut: drop them
             return best_return
         log.scalars({"eval/episodic_return": returns.mean()}, progress.global_step)
@@ -789,21 +807,21 @@ def evaluate(args, agent, envs, log, progress, signals):
     return from_rank_0(best_return)
 
 
-@torch.no_grad()
-def greedy_returns(q_network, envs, seed, max_steps, signals=()):
+def greedy_returns(q_network, envs, seed, args, signals=()):
     """Play one greedy episode in each environment (seed, seed + 1, ...); return returns (N,)."""
-    device = next(q_network.parameters()).device
+    rng = np.random.default_rng(seed)
     observations, _ = envs.reset(seed=seed)
     returns = np.zeros(envs.num_envs)
     running = np.ones(envs.num_envs, bool)
-    for _ in range(max_steps):
-        actions = q_network(torch.from_numpy(observations).to(device)).argmax(1).cpu().numpy()
+    for _ in range(args.eval_max_steps):
+        actions = q_network.act(observations, args.eval_epsilon, rng)
         observations, rewards, terminated, truncated, _ = envs.step(actions)
         returns += rewards * running
         running &= ~(terminated | truncated)
         if signals or not running.any():  # a signal cuts episodes
             return returns
-    say(f"{running.sum()} of {len(running)} episodes were cut by --eval-max-steps {max_steps}")
+    say(f"{running.sum()} of {len(running)} episodes were cut by {flag(args, 'eval_max_steps')}; "
+        "one that goes round in circles may end with --eval-epsilon 0.01")
     return returns
 
 
@@ -816,7 +834,7 @@ def play(q_network, args, episodes, video_folder="", signals=()):
     rounds = tqdm(seeds, "rounds of episodes", leave=False, file=sys.stdout, disable=None)
     envs = make_envs(args, num_envs, args.async_envs, video_folder)
     try:
-        returns = [greedy_returns(q_network, envs, seed, args.eval_max_steps, signals)
+        returns = [greedy_returns(q_network, envs, seed, args, signals)
                    for seed in rounds if not signals]
     finally:
         close_envs(envs)
@@ -843,8 +861,7 @@ def load(run_dir):
     envs = make_envs(args, 1)
     q_network = QNetwork(args, envs).eval()
     envs.close()
-    with blame(f"{run_dir}/model.pt does not fit this dqn.py", RuntimeError):
-        q_network.load_state_dict(read_tensors(Path(run_dir, "model.pt")))
+    q_network.load_state_dict(read_tensors(Path(run_dir, "model.pt")))
     return q_network
 
 
@@ -978,6 +995,14 @@ def catch_signals(at_the_end):
 
 
 # ------------------------------------------------------------------------------------------ checks
+class UsageError(ValueError):
+    """A setting that cannot work: the message names the flag, its value and what would be right."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: the message says at which step, and why."""
+
+
 @contextmanager
 def blame(cause, kinds, text="", advice=""):
     """Turn an error of some kinds, whose message contains `text`, into a UsageError."""
@@ -990,13 +1015,15 @@ def blame(cause, kinds, text="", advice=""):
 
 
 def check_numbers(args, name, space):
-    """Raise UsageError that names the part of an observation that is not numeric."""
+    """Raise UsageError for a part of an observation that is not numeric; say if one is an image."""
     parts = getattr(space, "spaces", {})  # of a Dict, or a Tuple
     for key, part in parts.items() if isinstance(parts, dict) else enumerate(parts):
         check_numbers(args, f"{name}[{key!r}]", part)
     numeric = spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete
     if not (parts or isinstance(space, numeric)):
         raise UsageError(f"{flag(args, 'env_id')}: {name} is not numeric, {space}; leave it out")
+    if is_image(space):
+        say_once(f"{name} is an image, made numbers: for convolutions let a wrapper give it alone")
 
 
 def check_memory(args, needed, device):
@@ -1022,11 +1049,13 @@ def check_rewards(rewards, step):
         raise TrainingError(f"step {step:,}: reward not finite in float32; fix the environment")
 
 
-def check_loss(metrics, step):
+def check_loss(metrics, replay, step):
     """Raise TrainingError if the loss of the last gradient step was infinite or NaN."""
     if metrics and not math.isfinite(metrics["losses/td_loss"]):
-        raise TrainingError(f"step {step:,}: the loss is not finite; try a lower --learning-rate, "
-                            "or look for NaN in observations")
+        cause = "loss not finite; try a lower --learning-rate"
+        if not math.isfinite(replay.frames.sum()):
+            cause = "observation not finite; fix the environment"
+        raise TrainingError(f"step {step:,}: {cause}")
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -1067,16 +1096,16 @@ TUNED = {
 LIMITS = (
     (1, math.inf, "num_envs frame_stack convolutions hidden_sizes batch_size train_frequency "
      "n_step target_network_frequency eval_max_steps"),
-    (0, math.inf, "seed learning_starts eval_frequency eval_episodes final_episodes "
+    (0, math.inf, "learning_starts eval_frequency eval_episodes final_episodes "
      "checkpoint_frequency"),
-    (0, 1, "gamma start_e end_e exploration_fraction"),
+    (0, 2**64 - 1, "seed"), (0, 1, "gamma start_e end_e exploration_fraction eval_epsilon"),
     (1e-30, 1, "tau"), (1e-30, 1e30, "learning_rate"), (1e-30, math.inf, "max_grad_norm"),
 )
 
 # What may differ when a run goes on; anything else would make it another experiment.
 MAY_CHANGE = ("resume evaluate total_timesteps stop_return eval_frequency eval_episodes "
-              "eval_max_steps final_episodes save_model capture_video track wandb_project_name "
-              "wandb_entity cuda compile")
+              "eval_max_steps eval_epsilon final_episodes save_model capture_video track "
+              "wandb_project_name wandb_entity cuda compile")
 
 
 def flag(args, name):
@@ -1090,18 +1119,16 @@ def validate(args):
         for name in names.split():
             if not all(low <= value <= high for value in np.ravel(getattr(args, name))):
                 raise UsageError(f"{flag(args, name)}: must be between {low} and {high}")
-    for low, high in (
-        ("end_e", "start_e"), ("batch_size", "buffer_size"), ("learning_starts", "total_timesteps")
-    ):
-        if getattr(args, low) > getattr(args, high):
-            raise UsageError(f"{flag(args, low)}: must not be above {flag(args, high)}")
+    if args.learning_starts > args.total_timesteps:
+        raise UsageError(f"{flag(args, 'learning_starts')}: above {flag(args, 'total_timesteps')}")
     for name in "num_envs", "batch_size":
         if getattr(args, name) % WORLD_SIZE:
             raise UsageError(f"{flag(args, name)}: must be a multiple of {WORLD_SIZE} processes")
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise UsageError(f"{flag(args, 'track')}: needs wandb; pip install wandb")
-    if args.evaluate and args.resume:
-        raise UsageError(f"{flag(args, 'evaluate')}: not beside {flag(args, 'resume')}")
+    if json.loads(json.dumps(args.env_kwargs, default=repr)) != args.env_kwargs:
+        raise UsageError(f"{flag(args, 'env_kwargs')}: only what JSON can hold, such as lists")
+    if args.track:
+        with blame(flag(args, "track"), ImportError, "", "; pip install wandb"):
+            import wandb  # noqa: F401
     may_change = MAY_CHANGE.split() + (["seed", "env_kwargs"] if args.evaluate else [])
     saved = saved_args(args) or args  # a new run keeps its own
     for name, value in vars(saved).items():
@@ -1112,7 +1139,8 @@ def validate(args):
     least = args.num_envs * (args.n_step + args.frame_stack + 2)  # of these some can be sampled
     for name in "learning_starts", "buffer_size":
         if getattr(args, name) < least:
-            raise UsageError(f"{flag(args, name)}: must be at least {least}")
+            raise UsageError(f"{flag(args, name)}: must be at least {least}, for a transition "
+                             f"of {args.n_step} steps in each of {args.num_envs} environments")
 
 
 def saved_args(args):
@@ -1121,8 +1149,10 @@ def saved_args(args):
     return load_args(run_dir) if run_dir and any(Path(run_dir).glob("[!.]*")) else None
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     """Read the command line: flags win, then the settings of a run or TUNED, then Args."""
+    if argv.count("--env-kwargs") > 1:  # tyro takes the last one
+        raise UsageError("--env-kwargs: give it once, as in --env-kwargs a 1 b 2")
     # A first pass finds the flags that decide the defaults of the second.
     given, _ = tyro.cli(Args, args=argv, default=Args(env_id=""), return_unknown_args=True,
                         add_help=False)
@@ -1130,11 +1160,22 @@ def parse_args(argv=None):
     if given.resume and not (run or given.env_id):
         raise UsageError(f"{flag(given, 'resume')}: no run is there; to begin it, give --env-id")
     name = (given.env_id or Args.env_id).split(":")[-1]
-    tuned = f"{TUNED.get(name.split('/')[0] + '/', '')} {TUNED.get(name, '')}".split()
-    defaults = run or tyro.cli(Args, args=tuned if given.tuned else [])
+    family = f"{name.split('/')[0]}/"
+    tuned = f"{TUNED.get(family, '')} {TUNED.get(name, '')}".strip() if given.tuned else ""
+    defaults = run or read_kwargs(tyro.cli(Args, args=tuned.split()))
     # tyro makes a flag of each key that a dict has by default, so begin with an empty one.
-    args = tyro.cli(Args, args=argv, default=replace(defaults, env_kwargs={}))
+    args = read_kwargs(tyro.cli(Args, args=argv, default=replace(defaults, env_kwargs={})))
     args.env_kwargs = defaults.env_kwargs | args.env_kwargs
+    if not run:
+        say(f"settings: {f'TUNED for {name}' if tuned else 'the defaults'}")
+    return args
+
+
+def read_kwargs(args):
+    """Read an environment's arguments as Python, "false" as False; what is no Python stays text."""
+    for name, text in args.env_kwargs.items():
+        with suppress(ValueError, SyntaxError):
+            args.env_kwargs[name] = ast.literal_eval(text.title() if text.isalpha() else text)
     return args
 
 
@@ -1142,7 +1183,7 @@ def main():
     """Run the command line: exit status 2 for a setting that cannot work, 1 for a failed run."""
     sys.stdout.reconfigure(errors="replace")  # for terminals without "±"
     try:
-        args = parse_args()
+        args = parse_args(sys.argv[1:])
         if args.evaluate is None:
             train(args)
         else:

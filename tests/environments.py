@@ -1,57 +1,14 @@
-"""Environments made for the tests; importing this module registers them ("environments:Coded-v0")."""
+"""Environments made for the tests; importing this module registers them ("environments:Walk-v0")."""
 
-import itertools
 import multiprocessing
 import os
+import random
 import signal
 import time
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-
-
-class Coded(gym.Env):
-    """Its observation says which transition it is: (environment, episode, step).
-
-    Episodes last 1 to 6 steps. Even ones terminate, odd ones are truncated, every fifth claims both.
-    """
-
-    numbers = itertools.count()
-    observation_space = spaces.Box(0, 1e6, (3,), np.float64)
-    action_space = spaces.Discrete(4)
-
-    def __init__(self, number=None):
-        self.number = next(self.numbers) if number is None else number
-        self.episode = -1
-
-    @staticmethod
-    def length(number, episode):
-        return 1 + (7 * number + 3 * episode) % 6
-
-    @staticmethod
-    def reward(number, episode, step):
-        return 100.0 * number + 10.0 * (episode % 7) + step
-
-    @staticmethod
-    def flags(episode):
-        """(terminated, truncated) of the episode's last step."""
-        return episode % 2 == 0 or episode % 5 == 0, episode % 2 == 1
-
-    def observe(self):
-        return np.array([self.number, self.episode, self.step_number], np.float64)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.episode, self.step_number = self.episode + 1, 0
-        return self.observe(), {}
-
-    def step(self, action):
-        reward = self.reward(self.number, self.episode, self.step_number)
-        self.step_number += 1
-        last = self.step_number == self.length(self.number, self.episode)
-        terminated, truncated = self.flags(self.episode) if last else (False, False)
-        return self.observe(), reward, terminated, truncated, {}
 
 
 class Walk(gym.Env):
@@ -158,36 +115,20 @@ class Five(gym.Env):
         return self.observe(), 1.0, self.t >= 5, False, {}
 
 
-class Cam(gym.Env):
+class Cam(Five):
     """Only `goal` matters; the camera is noise, in bytes."""
 
     observation_space = spaces.Dict(cam=spaces.Box(0, 255, (16, 16, 3), np.uint8), goal=spaces.Box(-1, 1, (1,)))
-    action_space = spaces.Discrete(2)
 
     def observe(self):
         self.goal = self.np_random.choice([-1, 1])
         cam = self.np_random.integers(0, 256, (16, 16, 3), np.uint8)
         return {"cam": cam, "goal": np.array([self.goal], np.float32)}
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return self.observe(), {}
-
     def step(self, action):
         reward = float((action == 1) == (self.goal == 1))
         self.t += 1
         return self.observe(), reward, False, self.t >= 20, {}
-
-
-class CamScaled(Cam):
-    """The same with numbers from 0 to 1."""
-
-    observation_space = spaces.Dict(cam=spaces.Box(0, 1, (16, 16, 3)), goal=spaces.Box(-1, 1, (1,)))
-
-    def observe(self):
-        observation = super().observe()
-        return observation | {"cam": (observation["cam"] / 255).astype(np.float32)}
 
 
 class Winner(Five):
@@ -236,22 +177,16 @@ class Blank(Five):
     observation_space = spaces.Box(0, 0, (1,), np.uint8)
 
 
-class Clock(gym.Env):
+class Clock(Five):
     """A reward of 1 for ever, cut after five steps; with `both` it ends there too."""
 
     observation_space = spaces.Box(0, 5, (1,), np.float32)
-    action_space = spaces.Discrete(2)
 
     def __init__(self, both=False):
         self.both = both
 
     def observe(self):
         return np.array([self.t], np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t = 0
-        return self.observe(), {}
 
     def step(self, action):
         self.t += 1
@@ -276,18 +211,43 @@ class Negative(gym.Env):
         return self.x, float(self.x == 2), self.x == 2, self.t >= 20, {}
 
 
-class Never(gym.Env):
+class Never(Five):
     """Ends with action 1 only, which costs."""
 
-    observation_space = spaces.Box(0, 1, (1,), np.float32)
-    action_space = spaces.Discrete(2)
+    def step(self, action):
+        return self.observe(), -float(action), bool(action), False, {}
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(1, np.float32), {}
+
+class InPlace(Five):
+    """All that it ever shows is one array, which it changes in place."""
+
+    metadata = Five.metadata | {"render_modes": ["rgb_array"]}
+    observation_space = spaces.Box(0, 255, (4, 5, 3), np.uint8)
+
+    def __init__(self, render_mode=None):
+        self.screen, self.render_mode = np.zeros((4, 5, 3), np.uint8), render_mode
+
+    def observe(self):
+        self.screen[:] = self.t
+        return self.screen
+
+    def render(self):
+        return self.screen
+
+
+class Dice(Five):
+    """Draws from all generators that it does not own."""
+
+    def __init__(self):
+        self.action_space, self.observation_space = spaces.Discrete(2), spaces.Box(0, 1, (2,))
+
+    def observe(self):
+        return np.array([np.random.random(), random.random()], np.float32)
 
     def step(self, action):
-        return np.zeros(1, np.float32), -float(action), bool(action), False, {}
+        observation, _, *ends, info = super().step(action)
+        reward = float(self.action_space.sample() + self.observation_space.sample()[0])
+        return observation, reward, *ends, info
 
 
 class One(Five):
@@ -325,11 +285,13 @@ BOARDS = {
     (4, 4, 16): (16, 4, 4), (8, 8, 12): (12, 8, 8), (12, 8, 8): (12, 8, 8), (16, 4, 4): (16, 4, 4),
     (6, 7, 42): (42, 6, 7), (6, 7, 2): (2, 6, 7), (10, 10, 4): (4, 10, 10), (210, 160, 3): (3, 210, 160),
     (4, 128, 64): (4, 128, 64), (84, 84, 1): (1, 84, 84), (2, 40, 36): (2, 40, 36), (64, 256, 3): (3, 64, 256),
-    (3, 240, 60): (3, 240, 60), (84, 84): (1, 84, 84),
+    (3, 240, 60): (3, 240, 60), (84, 84): (1, 84, 84), (4, 42, 36, 3): (12, 42, 36), (2, 3, 42, 36): (6, 42, 36),
 }  # fmt: skip
 
-for each in (Coded, Walk, Unpainted, Catch, Cam, CamScaled, Winner, Trail, Mission, Blank, Clock, Negative, Never, One):
+for each in (Walk, Unpainted, Catch, Cam, Winner, Trail, Mission, Blank, Clock, Negative, Never, One, InPlace, Dice):
     gym.register(f"{each.__name__}-v0", entry_point=each)
+gym.register("Unversioned", entry_point=Walk)
+gym.register("SCALE/Walk-v0", entry_point=Walk)
 gym.register("Both-v0", entry_point=Clock, kwargs={"both": True})
 gym.register("Lake-v0", entry_point="gymnasium.envs.toy_text.frozen_lake:FrozenLakeEnv", max_episode_steps=20,
              kwargs={"desc": ["SF", "FG"], "is_slippery": False})

@@ -9,7 +9,7 @@ from torch import nn
 
 import dqn
 from conftest import train
-from dqn import Agent, Args, Batch, ReplayBuffer, due, linear_schedule, make_envs
+from dqn import Agent, Args, Batch, ReplayBuffer, linear_schedule, make_envs
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def make_agent(**settings):
     observations, _ = envs.reset(seed=0)
     replay.begin_episodes(observations)
     for _ in range(200):
-        actions = agent.act(observations, 1.0, rng)
+        actions = agent.q_network.act(observations, 1.0, rng)
         observations, rewards, terminated, truncated, _ = envs.step(actions)
         replay.add(actions, rewards, terminated, truncated, observations)
     return agent, replay.sample(16, rng)
@@ -107,7 +107,7 @@ def test_the_network_is_in_train_mode_in_an_update_only():
     for network in (agent.q_network, agent.target_network):
         network.register_forward_hook(lambda network, *_: modes.append(network.training))
     for _ in range(2):
-        agent.act(np.zeros((1, 4), np.float32), 0.0, np.random.default_rng(0))
+        agent.q_network.act(np.zeros((1, 4), np.float32), 0.0, np.random.default_rng(0))
         agent.update(batch, 0.1)
     assert modes == [False, False, False, True] * 2, "acts, the target's two, the update's"
 
@@ -115,25 +115,10 @@ def test_the_network_is_in_train_mode_in_an_update_only():
 def test_each_environment_explores_with_probability_epsilon():
     agent, _ = make_agent()
     observations, rng = np.zeros((20_000, 4), np.float32), np.random.default_rng(0)
-    greedy = agent.act(observations, 0.0, rng)
+    greedy = agent.q_network.act(observations, 0.0, rng)
     assert (greedy == greedy[0]).all()
-    explored = (agent.act(observations, 0.5, rng) != greedy[0]).mean()
+    explored = (agent.q_network.act(observations, 0.5, rng) != greedy[0]).mean()
     assert abs(explored - 0.25) < 0.015  # half of them explore, half of those pick the other action
-
-
-@pytest.mark.parametrize(("step", "expected"), [(0, 1.0), (50, 0.75), (100, 0.5), (1000, 0.5)])
-def test_the_schedule_is_a_line_and_then_constant(step, expected):
-    assert linear_schedule(1.0, 0.5, 100, step) == expected
-    assert linear_schedule(1.0, 0.5, 0.0, step) == 0.5, "one of no steps is at its end at once"
-
-
-@pytest.mark.parametrize("num_envs", [1, 3, 8, 32])
-@pytest.mark.parametrize("frequency", [1, 4, 10, 500])
-def test_an_event_is_due_when_its_multiple_is_crossed(num_envs, frequency):
-    for step in range(num_envs, 3000, num_envs):
-        steps = range(step - num_envs + 1, step + 1)
-        assert due(frequency, steps) == any(i % frequency == 0 for i in steps)
-        assert not due(0, steps)
 
 
 @pytest.mark.parametrize("num_envs", [1, 3, 8, 32])
@@ -155,11 +140,12 @@ def test_a_run_learns_and_syncs_alike_for_any_number_of_environments(num_envs, i
 
 
 def test_epsilon_falls_over_its_share_of_the_run(in_tmp, monkeypatch):
-    epsilons, act = [], Agent.act
-    monkeypatch.setattr(Agent, "act", lambda self, observations, epsilon, rng: (
+    epsilons, act = [], dqn.QNetwork.act
+    monkeypatch.setattr(dqn.QNetwork, "act", lambda self, observations, epsilon, rng: (
         epsilons.append(epsilon), act(self, observations, epsilon, rng))[1])
-    train(num_envs=2, start_e=0.9, end_e=0.1, exploration_fraction=0.5)
+    train(num_envs=2, start_e=0.9, end_e=0.1, exploration_fraction=0.5, eval_episodes=0, final_episodes=0)
     assert epsilons == pytest.approx([max(0.9 - 0.8 * step / 600, 0.1) for step in range(0, 1200, 2)])
+    assert linear_schedule(1.0, 0.5, 0.0, 0) == 0.5, "a schedule of no steps is at its end at once"
 
 
 def test_seeds_of_different_purposes_and_runs_are_unrelated():

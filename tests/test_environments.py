@@ -24,7 +24,9 @@ def test_ale_py_and_cartpole_bring_their_own_vectors_unless_something_is_asked_t
     assert kind("ALE/Pong-v5", 1) == "AtariVectorEnv"
     assert kind("CartPole-v1", 5) == "CartPoleVectorEnv"
     for env_id, num_envs, settings in (("CartPole-v1", 4, {}), ("CartPole-v1", 8, {"frame_stack": 2}),
-                                       ("MountainCar-v0", 64, {})):
+                                       ("MountainCar-v0", 64, {}), ("environments:SCALE/Walk-v0", 2, {}),
+                                       ("environments:Unversioned", 2, {}),
+                                       ("ALE/Pong-v5", 1, {"env_kwargs": {"mode": 1, "difficulty": 1}})):
         assert kind(env_id, num_envs, **settings) == "SyncVectorEnv"
     assert kind("CartPole-v1", 8, async_envs=True) == "AsyncVectorEnv"
 
@@ -65,6 +67,11 @@ def test_any_space_made_of_numbers_is_trained_on(name, frame_stack, in_tmp):
     ("nomodule:Foo-v0", r"nomodule"),
     ("CartPol-v1", r"Did you mean: `CartPole`"),
     ("LunarLander-v2", r"LunarLander-v3"),
+    ("CartPole", "give its version, CartPole-v1"),
+    ("environments:Walk", "give its version, Walk-v0"),
+    ("ALE/Pong", "give its version, ALE/Pong-v5"),
+    ("PongNoFrameskip-v4", "use an id such as ALE/Pong-v5"),
+    ("ale_py:Pong-v4", "use an id such as ALE/Pong-v5"),
 ])
 def test_an_environment_that_cannot_be_learned_is_refused_by_name(env_id, message):
     with pytest.raises(UsageError, match=rf"^--env-id {env_id}: .*{message}"):
@@ -74,6 +81,11 @@ def test_an_environment_that_cannot_be_learned_is_refused_by_name(env_id, messag
 def test_arguments_that_do_not_fit_are_refused_and_other_errors_of_a_constructor_are_not(monkeypatch):
     with pytest.raises(UsageError, match=r"^--env-kwargs \{'wind': 3\}: .*unexpected keyword argument 'wind'"):
         make_envs(Args(env_id="FrozenLake-v1", env_kwargs={"wind": 3}), 2)
+    with pytest.raises(UsageError, match=r"^--env-kwargs \{'num_envs': 3\}: .*multiple values for .* 'num_envs'"):
+        make_envs(Args(env_kwargs={"num_envs": 3}), 2)
+    for async_envs in (False, True):
+        with pytest.raises(UsageError, match=r"^--env-kwargs \{'obs_type': 'ram'\}"):
+            make_envs(Args(env_id="ALE/Pong-v5", env_kwargs={"obs_type": "ram"}), 2, async_envs)
     monkeypatch.setattr("environments.Walk.__init__", lambda self: 1 + "")
     with pytest.raises(TypeError, match="unsupported operand"):
         make_envs(Args(env_id="environments:Walk-v0"), 2)
@@ -82,10 +94,39 @@ def test_arguments_that_do_not_fit_are_refused_and_other_errors_of_a_constructor
         dqn.train(Args())
 
 
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_an_environment_draws_what_its_seed_says_from_generators_that_it_does_not_own(async_envs):
+    def play(seed):
+        envs = make_envs(Args(env_id="environments:Dice-v0"), 2, async_envs)
+        seen = [envs.reset(seed=seed)[0], *(envs.step(np.zeros(2, int))[i] for _ in range(2) for i in (0, 1))]
+        envs.close()
+        return seen
+
+    first, again, other = play(1), play(1), play(9)
+    assert all(map(np.array_equal, first, again))
+    assert not any(map(np.array_equal, first, other))
+    assert not any(np.array_equal(one, two) for one, two in first), "each environment has its own"
+
+
+def test_what_an_environment_changes_in_place_stays_as_it_was_in_stacks_and_videos(in_tmp):
+    envs = make_envs(Args(env_id="environments:InPlace-v0", frame_stack=2), 1, video_folder="videos")
+    seen = [envs.reset(seed=0)[0], *(envs.step([0])[0] for _ in range(3))]
+    assert [stack[0].max((1, 2, 3)).tolist() for stack in seen] == [[0, 0], [0, 1], [1, 2], [2, 3]]
+    frames = envs.envs[0].get_wrapper_attr("recorded_frames")
+    assert [frame.max() for frame in frames] == [0, 1, 2, 3]
+    envs.close()
+
+
+def test_a_picture_that_becomes_part_of_a_vector_is_told_once(capsys):
+    dqn.say_once.cache_clear()
+    for _ in range(2):
+        make_envs(Args(env_id="environments:Cam-v0"), 3)
+    assert capsys.readouterr().out == (
+        "observation['cam'] is an image, made numbers: for convolutions let a wrapper give it alone\n")
+
+
 # What is right is told in environments.py.
-CASES = {
-    "Cam": 20.0, "CamScaled": 20.0, "Winner": (4.5, 6.5), "Trail": 5.0, "Blank": 5.0, "Negative": 1.0, "Lake": 1.0,
-}
+CASES = {"Cam": 20.0, "Winner": (4.5, 6.5), "Trail": 5.0, "Blank": 5.0, "Negative": 1.0, "Lake": 1.0}
 
 
 @pytest.mark.parametrize(("name", "num_envs"), [
@@ -113,6 +154,9 @@ def test_arguments_of_the_environment_come_on_top_of_those_that_a_default_has():
     args = dqn.parse_args("--env-id FrozenLake-v1 --env-kwargs is_slippery False map_name 8x8 success_rate 1".split())
     assert args.env_kwargs == {"is_slippery": False, "map_name": "8x8", "success_rate": 1}
     assert make_envs(args, 1).single_observation_space.shape == (64,)
+    words = "a false b None c 007 d [1,.5] e none f TRUE g it_is h 1e3 i 'x' j true-ish".split()
+    assert dqn.parse_args(["--env-kwargs", *words]).env_kwargs == dict(
+        a=False, b=None, c="007", d=[1, 0.5], e=None, f=True, g="it_is", h=1000.0, i="x", j="true-ish")
 
 
 @pytest.mark.parametrize(("game", "steps"), [("Breakout", 250), ("SpaceInvaders", 60)])
@@ -120,9 +164,8 @@ def test_the_way_of_videos_shows_the_frames_of_ale_pys_vector_to_the_bit(game, s
     """Gymnasium's wrappers against ale-py's own code: gray frames, their maximum and size, skipped frames, stacks."""
     make_vec, preprocessing = gym.make_vec, gym.wrappers.AtariPreprocessing
 
-    def without_noops(*arguments, vectorization_mode, **settings):  # each way draws their number on its own
-        own = {"noop_max": 0} if vectorization_mode == "vector_entry_point" else {}
-        return make_vec(*arguments, vectorization_mode=vectorization_mode, **settings | own)
+    def without_noops(**settings):  # each way draws their number on its own
+        return make_vec(**settings | ({} if "wrappers" in settings else {"noop_max": 0}))
 
     monkeypatch.setattr(gym, "make_vec", without_noops)
     monkeypatch.setattr(gym.wrappers, "AtariPreprocessing", functools.partial(preprocessing, noop_max=0))

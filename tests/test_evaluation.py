@@ -16,7 +16,7 @@ import torch
 from moviepy import VideoFileClip
 
 import dqn
-from conftest import ENVIRONMENT, SCRIPT, SHORT, flags, scalars, the_run, train, verdict
+from conftest import ENVIRONMENT, SCRIPT, SHORT, differences, flags, scalars, the_run, train, verdict
 from dqn import Args, make_envs
 
 
@@ -43,7 +43,7 @@ def test_logged_returns_and_lengths_are_those_of_the_episodes(in_tmp):
 def test_what_is_kept_is_the_best_network_and_not_what_came_of_it(in_tmp, monkeypatch):
     returns, networks = iter([10.0, 7.0, 5.0]), []
 
-    def play(q_network, envs, seed, max_steps, signals):
+    def play(q_network, envs, seed, args, signals):
         networks.append({name: value.clone() for name, value in q_network.state_dict().items()})
         return np.full(2, next(returns, 0.0))
 
@@ -73,30 +73,44 @@ def test_of_networks_that_are_equally_good_the_last_is_kept(in_tmp):
     assert all(torch.equal(kept[name], last[name]) for name in kept)
 
 
-class Constant(torch.nn.Module):
-    """Prefer one action everywhere."""
-
-    def __init__(self, values):
-        super().__init__()
-        self.values = torch.nn.Parameter(torch.tensor(values))
-
-    def forward(self, observations):
-        return self.values.expand(len(observations), -1)
+def returns_of(action, env_id, num_envs, **settings):
+    """Returns of a network that prefers one action everywhere."""
+    args = Args(env_id=f"environments:{env_id}-v0", hidden_sizes=(), **settings)
+    envs = make_envs(args, num_envs)
+    q_network = dqn.QNetwork(args, envs)
+    for parameter in q_network.parameters():
+        parameter.data.zero_()
+    q_network.layers[-1].bias.data[action] = 1.0
+    return dqn.greedy_returns(q_network, envs, 0, args)
 
 
 def test_greedy_returns_are_undiscounted_and_of_one_episode_each(capsys):
-    envs = make_envs(Args(env_id="environments:Walk-v0"), 3)  # action 1 of 3 has reward 1, ten times
-    assert dqn.greedy_returns(Constant([0.0, 1.0, 0.0]), envs, 0, 1000).tolist() == [10.0] * 3
-    assert dqn.greedy_returns(Constant([1.0, 0.0, 0.0]), envs, 0, 1000).tolist() == [0.0] * 3
-    envs = make_envs(Args(env_id="environments:Winner-v0"), 100)  # three to eight steps of reward 1
-    assert set(dqn.greedy_returns(Constant([0.0, 1.0]), envs, 0, 1000)) == {3, 4, 5, 6, 7, 8}
+    assert returns_of(1, "Walk", 3).tolist() == [10.0] * 3  # action 1 of 3 has reward 1, ten times
+    assert returns_of(0, "Walk", 3).tolist() == [0.0] * 3
+    assert set(returns_of(1, "Winner", 100)) == {3, 4, 5, 6, 7, 8}  # three to eight steps of reward 1
     assert not capsys.readouterr().out
 
 
-def test_episodes_that_are_cut_are_told(cli, in_tmp):
-    process = cli(**SHORT | dict(env_id="environments:Never-v0", eval_max_steps=20))
-    assert "2 of 2 episodes were cut by --eval-max-steps 20" in process.out
-    assert verdict(the_run(in_tmp))["mean"] in (0.0, -1.0)  # of action 0, twenty times, or of action 1
+def test_episodes_that_are_cut_are_told_and_a_random_action_now_and_then_may_end_them(capsys):
+    assert returns_of(0, "Never", 100, eval_max_steps=1000).sum() == 0
+    assert "100 of 100 episodes were cut by --eval-max-steps 1000; " in capsys.readouterr().out
+    assert returns_of(0, "Never", 100, eval_max_steps=1000, eval_epsilon=0.1).sum() == -100
+    cut = -returns_of(0, "Never", 1000, eval_max_steps=10, eval_epsilon=0.1).mean()
+    assert cut == pytest.approx(1 - 0.95**10, abs=0.05), "half of the random actions end it"
+
+
+def test_an_evaluation_does_not_change_what_training_draws(in_tmp):
+    runs = [train(env_id="environments:Dice-v0", eval_frequency=frequency) for frequency in (100, 0)]
+    one, other = (torch.load(run_dir / "checkpoint-1200-0-of-1.pt") for run_dir in runs)
+    assert differences(one["replay"], other["replay"]) == []
+
+
+def test_that_no_episode_comes_to_its_end_is_told_once(in_tmp, capsys):
+    dqn.say_once.cache_clear()
+    for env_id in ("CartPole-v1", "environments:Endless-v0"):
+        train(env_id=env_id)
+        count = capsys.readouterr().out.count("no episode ended: checkpoints cut them; raise --checkpoint-frequency")
+        assert count == (env_id != "CartPole-v1")
 
 
 def test_a_run_shows_its_folder_progress_evaluations_and_verdict_in_plain_lines(cli, in_tmp):
@@ -106,8 +120,9 @@ def test_a_run_shows_its_folder_progress_evaluations_and_verdict_in_plain_lines(
     assert "\r" not in process.out + process.err
     assert not process.err
     lines = process.out.splitlines()
-    assert lines[0] == f"runs/{run_dir.name}: a new run"
-    for pattern, count in ((r"step [\d,]+ of 1,200: (return [\d.]+, )?epsilon 0\.\d\d", 20),
+    assert lines[:3] == ["settings: the defaults", "network: convolutions (), hidden layers (120, 84)",
+                         f"runs/{run_dir.name}: a new run"]
+    for pattern, count in ((r"step [\d,]+ of 1,200: (return [\d.]+|no episode yet), epsilon 0\.\d\d", 20),
                            (r"step [\d,]+: greedy return [\d.]+ ± [\d.]+ over 2 episodes", 3)):
         assert sum(bool(re.fullmatch(pattern, line)) for line in lines) == count
     result, shown = verdict(run_dir), scalars(run_dir)
@@ -156,7 +171,7 @@ def test_evaluate_plays_the_best_network_on_other_episodes_for_another_seed(cli,
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     returns = [cli(f"--evaluate {run_dir}", **settings).out for settings in (
         {}, {}, {"seed": 9}, {"eval_episodes": 5})]
-    assert all(re.match(r"return [\d.]+ ± [\d.]+ over \d+ episodes\n$", text) for text in returns)
+    assert all(re.search(r"^return [\d.]+ ± [\d.]+ over \d+ episodes\n$", text, re.MULTILINE) for text in returns)
     assert returns[0] == returns[1]
     assert returns[0].endswith("over 2 episodes\n")
     assert returns[3].endswith("over 5 episodes\n")

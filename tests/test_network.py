@@ -16,7 +16,7 @@ from environments import BOARDS, Walk
 def wrapped(space, **settings):
     """An environment with a space as dqn.py wraps it."""
     args = Args(**settings)
-    return wrap(Walk(space, limit=100), args, "", os.getpid()), args
+    return wrap(Walk(space, limit=100), args, False, "", os.getpid()), args
 
 
 def make_network(space, num_actions=3, **settings):
@@ -121,7 +121,8 @@ IMAGES = {
     "too small, stacked": (pixels(2, 84), 4, [], 672),
     "a vector of bytes": (pixels(128), 1, [], 128),
     "vectors of bytes, stacked": (pixels(128), 4, [], 512),
-    "four dimensions": (pixels(5, 5, 5, 5), 1, [], 625),
+    "stacked before": (pixels(4, 84, 84, 3), 1, MNIH, 3136),
+    "five dimensions": (pixels(2, 5, 5, 5, 5), 1, [], 1250),
     "numbers": (box(84, 84), 1, [], 7056),
     "one number": (box(), 1, [], 1),
 }
@@ -173,4 +174,5 @@ def test_the_channels_are_the_frames_oldest_first():
         network.layers[-1].weight[0, 1:] = 0  # of the convolution's values the one at its first place
     stack = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     stack[0, :, 1, 1] = torch.tensor([51, 102, 255])
-    assert network(stack).item() == pytest.approx(0.2 + 4 + 100)
+    assert network(stack).item() == pytest.approx((51 + 1020 + 25500) / 16), "bytes of a small image"
+    assert make_network(pixels(36, 36)).scale.unique().item() == pytest.approx(1 / 255)

@@ -165,7 +165,7 @@ def test_a_run_ends_in_one_line_if_a_process_of_its_environments_dies(in_tmp):
 
 def test_a_signal_between_any_two_statements_ends_a_run_saved(in_tmp, monkeypatch):
     """A signal comes before each of the loop's calls in turn; there is a checkpoint of the last step."""
-    calls = {"act": dqn.Agent, "add": dqn.ReplayBuffer, "update": dqn.Agent, "sync_target": dqn.Agent,
+    calls = {"act": dqn.QNetwork, "add": dqn.ReplayBuffer, "update": dqn.Agent, "sync_target": dqn.Agent,
              "record": dqn.Log, "evaluate": dqn, "check_loss": dqn, "save_checkpoint": dqn, "learn": dqn,
              "restart": dqn, "epsilon_at": dqn, "due": dqn}
     for name, place in calls.items():

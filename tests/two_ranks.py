@@ -21,7 +21,7 @@ def one_update():
     agent, replay = dqn.Agent(args, envs, device), dqn.ReplayBuffer(args, envs, device)
     observations, rng = dqn.restart(args, envs, replay, 0)
     for _ in range(50):
-        actions = agent.act(observations, 1.0, rng)
+        actions = agent.q_network.act(observations, 1.0, rng)
         observations, rewards, terminated, truncated, _ = envs.step(actions)
         replay.add(actions, rewards, terminated, truncated, observations)
     batch = replay.sample(args.batch_size // 2, np.random.default_rng(dqn.RANK))

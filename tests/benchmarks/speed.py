@@ -142,13 +142,13 @@ def memory(options):
 def pieces(options):
     """Time the pieces of a step at CleanRL's setting, in the order of dqn.learn."""
     torch.set_num_threads(1)
+    settings = [dqn.parse_args(f"{CARTPOLE} {PLAIN} --num-envs {number}".split()) for number in options.environments]
     head("µs, median of the calls", "act", "envs.step", "add", "sample", "update", "together, an environment step")
-    for number in options.environments:
-        args = dqn.parse_args(f"{CARTPOLE} {PLAIN} --num-envs {number}".split())
+    for number, args in zip(options.environments, settings, strict=True):
         envs, device = dqn.make_envs(args, number), torch.device("cpu")
         agent, replay = dqn.Agent(args, envs, device), dqn.ReplayBuffer(args, envs, device)
         observations, rng = dqn.restart(args, envs, replay, 0)
-        functions = agent.act, envs.step, replay.add, replay.sample, agent.update
+        functions = agent.q_network.act, envs.step, replay.add, replay.sample, agent.update
         seconds = [[] for _ in functions]
         act, step, add, sample, update = map(timer, functions, seconds)
         for done in range(options.steps // 10):
