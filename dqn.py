@@ -159,8 +159,8 @@ def frame_shape(args, envs):
 
 def input_scale(space, is_small_image):
     """Compute factors that bring bytes to [0, 1], entries bounded by less than 0.1 to [-1, 1]."""
-    # Such entries would be lost beside larger ones (MountainCar's velocity, at most 0.07). Bytes of
-    # a small image come to [0, 16]: they may be symbols, 0 to 10 (MiniGrid), which would vanish.
+    # Such entries would be lost beside larger ones (MountainCar's velocity, at most 0.07). So would
+    # symbols from 0 to 10, declared as bytes (MiniGrid): bytes of a small image come to [0, 16].
     bound = torch.as_tensor(np.maximum(-np.float32(space.low), np.float32(space.high)))
     scale = torch.where((bound > 0) & (bound < 0.1), 1 / bound, 1.0)
     scale[bound == 255] = 1 / 16 if is_small_image else 1 / 255
@@ -561,12 +561,11 @@ def train(args):
             if args.eval_episodes:
                 eval_envs = make_envs(args, args.eval_episodes)
                 at_the_end.callback(close_envs, eval_envs)
-
         while not (progress.finished(args) or signals):
             learn(args, envs, eval_envs, agent, replay, log, progress, signals)
             if RANK == 0:
                 log.writer.flush()
-                if not (log.returns or signals):
+                if not (log.returns or signals or progress.finished(args)):
                     say_once("no episode ended: checkpoints cut them; raise --checkpoint-frequency")
             save_checkpoint(run_dir, parts, progress)
         close_envs(envs)  # with --eval-episodes 0, one simulator at a time is enough
@@ -595,16 +594,15 @@ def finish(args, q_network, log, progress, signals):
     if args.save_model and progress.best_return == -math.inf:  # no evaluation chose one
         save(log.run_dir / "model.pt", q_network.state_dict())
     if args.final_episodes:
+        say(f"the last network plays {args.final_episodes} episodes")
         returns = play(q_network, args, args.final_episodes, signals=signals)
     if args.capture_video and not signals:
         play(q_network, args, 3, f"{log.run_dir}/videos/last", signals)
     if signals:
         return
     limit = "stop_return" if progress.best_return >= args.stop_return else "total_timesteps"
-    result = asdict(progress) | dict(
-        ended_by=flag(args, limit), seconds=time.time() - log.start_time, python=sys.version,
-        torch=torch.__version__, gymnasium=gym.__version__, numpy=np.__version__,
-    )
+    result = asdict(progress) | dict(ended_by=flag(args, limit), gymnasium=gym.__version__,
+                                     seconds=time.time() - log.start_time, torch=torch.__version__)
     if args.final_episodes:
         result |= dict(episodes=len(returns), mean=returns.mean(), std=returns.std())
         log.scalars({"eval/final_return": returns.mean()}, progress.global_step)
@@ -616,12 +614,11 @@ def finish(args, q_network, log, progress, signals):
 
 # ------------------------------------------------------------------------------------ environments
 class Tame(gym.Wrapper):
-    """Seed all that an environment may draw from; drop info, which not always can be batched."""
+    """Seed what an environment may draw from; drop info, which not always can be batched."""
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
-            env = self.unwrapped
-            for source in random, np.random, env.action_space, env.observation_space:
+            for source in random, np.random, self.action_space, self.observation_space:
                 source.seed(seed)
         return self.env.reset(seed=seed)[0], {}
 
@@ -661,9 +658,10 @@ def wrap(env, args, is_atari, video_folder, main_pid):
 
 def is_image(space):
     """Tell if observations are images of bytes or booleans, or stacks of them: (4, 84, 84, 3)."""
-    if space.dtype not in (np.uint8, np.bool_) or len(space.shape) not in (2, 3, 4):
+    if space.dtype not in (np.uint8, np.bool_) or not 1 < len(space.shape) < 5:
         return False
-    return min(space.shape[-3:-1] if is_channels_last(space.shape) else space.shape[-2:]) >= 3
+    sides = space.shape[-3:-1] if is_channels_last(space.shape) else space.shape[-2:]
+    return min(sides) > max(space.shape[:-3], default=2)  # more than the frames of a stack
 
 
 def is_channels_last(shape):
@@ -683,24 +681,24 @@ def make_envs(args, num_envs, async_envs=False, video_folder=""):
     is_atari = env_id.startswith("ALE/")
     is_cartpole = env_id == "CartPole-v1" and args.frame_stack == 1 and num_envs > 4
     # These two have code for many environments at once, which is faster (CartPole's from five on)
-    # and resets in the next step, too. Atari's does what `wrap` does, CartPole needs none of it.
+    # and resets in the next step, too. Atari's does what `wrap` does, but for the modes of a game.
     needs_wrap = async_envs or video_folder or {"mode", "difficulty"} & args.env_kwargs.keys()
     has_own_vector = (is_atari or is_cartpole) and not needs_wrap
     options = dict(id=args.env_id, num_envs=num_envs)
     if not has_own_vector:
         main_pid = os.getpid()
-        options |= dict(
-            vectorization_mode="async" if async_envs else "sync", disable_env_checker=True,
-            wrappers=[lambda env: wrap(env, args, is_atari, video_folder, main_pid)],
-        )
+        options |= dict(vectorization_mode="async" if async_envs else "sync",
+                        disable_env_checker=True,
+                        wrappers=[lambda env: wrap(env, args, is_atari, video_folder, main_pid)])
         options |= dict(render_mode="rgb_array") if video_folder else {}
         options |= dict(frameskip=1, obs_type="grayscale") if is_atari else {}
     elif is_atari:  # whole games, raw rewards
         options |= dict(stack_num=args.frame_stack, reward_clipping=False, use_fire_reset=False)
     cause = flag(args, "env_id")
     with blame(cause, (ImportError, gym.error.Error)):
-        with blame(flag(args, "env_kwargs"), TypeError, "keyword argument"):
-            envs = gym.make_vec(**options, **args.env_kwargs)
+        with blame(cause, gym.error.NameNotFound, "", "; a package's own is module:Id-v0"):
+            with blame(flag(args, "env_kwargs"), TypeError, "keyword argument"):
+                envs = gym.make_vec(**options, **args.env_kwargs)
     if envs.spec.id != env_id:  # Gymnasium takes the newest version then
         raise UsageError(f"{cause}: give its version, {envs.spec.id}")
     if envs.spec.entry_point == "ale_py.env:AtariEnv" and not is_atari:
@@ -784,7 +782,10 @@ def say(text):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-say_once = cache(say)  # print a text the first time only
+@cache
+def say_once(text):
+    """Print a line the first time only."""
+    say(text)
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -831,11 +832,10 @@ def play(q_network, args, episodes, video_folder="", signals=()):
     num_envs = 1 if video_folder else min(num_envs, episodes)
     first_seed = derive_seed(args.seed, PLAY, 0)
     seeds = range(first_seed, first_seed + episodes, num_envs)
-    rounds = tqdm(seeds, "rounds of episodes", leave=False, file=sys.stdout, disable=None)
     envs = make_envs(args, num_envs, args.async_envs, video_folder)
     try:
         returns = [greedy_returns(q_network, envs, seed, args, signals)
-                   for seed in rounds if not signals]
+                   for seed in seeds if not signals]
     finally:
         close_envs(envs)
     if video_folder:
@@ -1011,7 +1011,7 @@ def blame(cause, kinds, text="", advice=""):
     except kinds as error:
         if text not in str(error):
             raise
-        raise UsageError(f"{cause}: {error!s:.200}{advice}") from error
+        raise UsageError(f"{cause}: {str(error)[:200] or repr(error)}{advice}") from error
 
 
 def check_numbers(args, name, space):
@@ -1023,7 +1023,7 @@ def check_numbers(args, name, space):
     if not (parts or isinstance(space, numeric)):
         raise UsageError(f"{flag(args, 'env_id')}: {name} is not numeric, {space}; leave it out")
     if is_image(space):
-        say_once(f"{name} is an image, made numbers: for convolutions let a wrapper give it alone")
+        say_once(f"{name} is an image, but flattened; for convolutions let a wrapper give it alone")
 
 
 def check_memory(args, needed, device):
@@ -1099,7 +1099,7 @@ LIMITS = (
     (0, math.inf, "learning_starts eval_frequency eval_episodes final_episodes "
      "checkpoint_frequency"),
     (0, 2**64 - 1, "seed"), (0, 1, "gamma start_e end_e exploration_fraction eval_epsilon"),
-    (1e-30, 1, "tau"), (1e-30, 1e30, "learning_rate"), (1e-30, math.inf, "max_grad_norm"),
+    (1e-30, 1, "tau"), (1e-30, math.inf, "learning_rate max_grad_norm"),
 )
 
 # What may differ when a run goes on; anything else would make it another experiment.
@@ -1125,7 +1125,7 @@ def validate(args):
         if getattr(args, name) % WORLD_SIZE:
             raise UsageError(f"{flag(args, name)}: must be a multiple of {WORLD_SIZE} processes")
     if json.loads(json.dumps(args.env_kwargs, default=repr)) != args.env_kwargs:
-        raise UsageError(f"{flag(args, 'env_kwargs')}: only what JSON can hold, such as lists")
+        raise UsageError(f"{flag(args, 'env_kwargs')}: JSON cannot hold it; gym.register(kwargs=) can")
     if args.track:
         with blame(flag(args, "track"), ImportError, "", "; pip install wandb"):
             import wandb  # noqa: F401

@@ -26,13 +26,9 @@ SHORT = dict(
     eval_frequency=500, eval_episodes=2, eval_max_steps=50, final_episodes=3, checkpoint_frequency=250,
 )
 
-# dqn.py with another way to start the environments' processes.
-MAIN = """
-import multiprocessing, dqn
-if __name__ == "__main__":
-    multiprocessing.set_start_method("{}")
-    dqn.main()
-"""
+# dqn.py with another way to start the environments' processes, of which each reads the file again.
+START = 'if __name__ == "__main__":\n'
+MAIN = SCRIPT.read_text().replace(START, f"{START}    __import__('multiprocessing').set_start_method('METHOD')\n")
 
 
 def flags(**settings):

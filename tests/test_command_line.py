@@ -79,8 +79,7 @@ def test_the_plain_defaults():
      "between 1 and inf"),
     ("tau", (0, -0.1, 1.1, math.nan), "between 1e-30 and 1"),
     ("gamma start_e end_e exploration_fraction eval_epsilon", (-0.1, 1.1, math.nan), "between 0 and 1"),
-    ("learning_rate", (0, -1, math.inf, math.nan), "between 1e-30 and 1e+30"),
-    ("max_grad_norm", (0, -1, math.nan), "between 1e-30 and inf"),
+    ("learning_rate max_grad_norm", (0, -1, math.nan), "between 1e-30 and inf"),
     ("learning_starts eval_frequency eval_episodes final_episodes checkpoint_frequency", (-1,), "between 0 and inf"),
     ("seed", (-1, 2**64), "between 0 and 18446744073709551615"),
     ("hidden_sizes", ((0,), (8, -1)), "between 1 and inf"),
@@ -106,7 +105,7 @@ def test_the_limits_themselves_are_allowed():
     (dict(num_envs=64, buffer_size=128),
      "--buffer-size 128: must be at least 256, for a transition of 1 steps in each of 64 environments"),
     (dict(track=True), "--track True: import of wandb halted; None in sys.modules; pip install wandb"),
-    *((dict(env_kwargs={"x": value}), f"--env-kwargs {{'x': {value}}}: only what JSON can hold, such as lists")
+    *((dict(env_kwargs={"x": value}), f"--env-kwargs {{'x': {value}}}: JSON cannot hold it; gym.register(kwargs=) can")
       for value in ((1, 2), math.nan, {3}, [{"y": 1j}])),
 ])
 def test_settings_that_do_not_go_together_are_refused(settings, message, monkeypatch):
@@ -126,7 +125,7 @@ def test_learning_may_start_as_soon_as_there_is_something_to_sample(num_envs, n_
 
 # Flags of a command line, and what the one line on stderr says.
 BAD_INPUT = {
-    "--env-id CartPol-v1": r"--env-id CartPol-v1: .*Did you mean: `CartPole`",
+    "--env-id CartPol-v1": r"--env-id CartPol-v1: .*Did you mean: `CartPole`.*; a package's own is module:Id-v0",
     "--env-kwargs wind 3": r"--env-kwargs {'wind': 3}: .*unexpected keyword argument 'wind'",
     "--env-kwargs a 1 --env-kwargs b 2": "--env-kwargs: give it once, as in --env-kwargs a 1 b 2",
     "--tau 0": "--tau 0.0: must be between 1e-30 and 1",

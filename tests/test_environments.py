@@ -83,6 +83,8 @@ def test_arguments_that_do_not_fit_are_refused_and_other_errors_of_a_constructor
         make_envs(Args(env_id="FrozenLake-v1", env_kwargs={"wind": 3}), 2)
     with pytest.raises(UsageError, match=r"^--env-kwargs \{'num_envs': 3\}: .*multiple values for .* 'num_envs'"):
         make_envs(Args(env_kwargs={"num_envs": 3}), 2)
+    with pytest.raises(UsageError, match=r"^--x 1: AssertionError\(\)$"), dqn.blame("--x 1", Exception):
+        raise AssertionError  # one without words is named by its kind
     for async_envs in (False, True):
         with pytest.raises(UsageError, match=r"^--env-kwargs \{'obs_type': 'ram'\}"):
             make_envs(Args(env_id="ALE/Pong-v5", env_kwargs={"obs_type": "ram"}), 2, async_envs)
@@ -190,7 +192,7 @@ def test_environments_in_processes_train_to_the_bit_as_in_one_and_leave_none_beh
                     eval_frequency=0, final_episodes=3)
     models = []
     for method, async_envs in (("fork", False), ("fork", True), ("forkserver", True), ("spawn", True)):
-        (in_tmp / "main.py").write_text(MAIN.format(method))
+        (in_tmp / "main.py").write_text(MAIN.replace("METHOD", method))
         folder = f"runs/{method}-{async_envs}"
         process = start("--no-tuned", *flags(**settings, async_envs=async_envs, resume=folder), cwd=in_tmp,
                         script=in_tmp / "main.py")

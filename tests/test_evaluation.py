@@ -132,8 +132,7 @@ def test_a_run_shows_its_folder_progress_evaluations_and_verdict_in_plain_lines(
     assert result["best_return"] == max(value for _, value in shown["eval/episodic_return"])
     assert (result["ended_by"], result["global_step"], result["episodes"]) == ("--total-timesteps 1200", 1200, 3)
     assert result["seconds"] > 0
-    assert [result[name] for name in ("python", "torch", "gymnasium", "numpy")] == [
-        sys.version, torch.__version__, gym.__version__, np.__version__]
+    assert (result["torch"], result["gymnasium"]) == (torch.__version__, gym.__version__)
 
 
 @pytest.mark.parametrize("final_episodes", [0, 3])

@@ -122,6 +122,8 @@ IMAGES = {
     "a vector of bytes": (pixels(128), 1, [], 128),
     "vectors of bytes, stacked": (pixels(128), 4, [], 512),
     "stacked before": (pixels(4, 84, 84, 3), 1, MNIH, 3136),
+    "no larger than the stack": (pixels(5, 5, 5, 5), 1, [], 625),
+    "the stack last": (pixels(36, 36, 4, 3), 1, [], 15552),
     "five dimensions": (pixels(2, 5, 5, 5, 5), 1, [], 1250),
     "numbers": (box(84, 84), 1, [], 7056),
     "one number": (box(), 1, [], 1),

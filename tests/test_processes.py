@@ -90,7 +90,7 @@ def test_after_ten_kills_or_five_of_two_ranks_nothing_differs(ranks, kills, in_t
     ("fork", {}), ("fork", {"async_envs": True}), ("spawn", {"async_envs": True})])
 def test_a_signal_to_the_whole_group_ends_a_run_in_order_and_leaves_none(method, settings, number, status, in_tmp):
     """As Ctrl-C, timeout(1), systemd and Slurm send it: the environments' processes get it, too."""
-    (in_tmp / "main.py").write_text(MAIN.format(method))
+    (in_tmp / "main.py").write_text(MAIN.replace("METHOD", method))
     settings = KILLED | settings | dict(total_timesteps=10**7, eval_frequency=400, batch_size=8)
     process = start(*flags(**settings), cwd=in_tmp, script=in_tmp / "main.py")
     line(process, "greedy return")
