@@ -151,7 +151,7 @@ SMALL_IMAGES = ((16, 3, 1),)  # below 36 x 36: Young & Tian
 def frame_shape(args, envs):
     """Tell the shape of a frame: an observation, or one of a stack that makes it up.
 
-    `make_envs` gives images of bytes or booleans, (H, W) or (channels, H, W), and else vectors.
+    `make_envs` gives images, (..., H, W), of bytes or booleans, and vectors for all else.
     """
     shape = envs.single_observation_space.shape
     return shape[1:] if args.frame_stack > 1 else shape
