@@ -77,11 +77,6 @@ def test_bytes_and_entries_bounded_by_less_than_a_tenth_are_scaled_and_no_others
     assert values == pytest.approx([20.0, 1000.0, 100.0, 1e3, 1e4, 1e5, 1e6])  # 1 / 0.05, 10 / 0.01, as they are, / 255
 
 
-def test_the_scale_of_observations_is_not_among_what_is_saved():
-    assert list(make_network(gym.spaces.Box(-0.1, 0.09, (2,)), hidden_sizes=()).state_dict()) == [
-        "layers.0.weight", "layers.0.bias"]
-
-
 @pytest.mark.parametrize("space", [box(1), pixels(2, 40, 40)])
 def test_a_dueling_head_adds_the_centred_advantages_to_the_value(space):
     network = make_network(space, dueling=True)
