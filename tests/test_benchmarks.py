@@ -23,6 +23,7 @@ import optimality
 import resume
 import scaling
 import speed
+import staleness
 import sweep
 import target_network
 
@@ -196,14 +197,64 @@ def test_a_table_learns_the_optimal_values_of_frozen_lake(in_process):
     assert optimality.published("FrozenLake-v1").optimal(0.99).max() == pytest.approx(0.8628374, abs=1e-6)
 
 
-def test_a_weight_that_two_states_share_grows_by_two_gamma_a_copy_whatever_the_period():
-    # With the target fixed at t, the error of w to 2 gamma t shrinks to nine tenths in each of the `period` updates.
-    for period in optimality.W_PERIODS:
-        sizes = optimality.w_to_2w(period)
-        growth = 1.98 + (1 - 1.98) * 0.9**period
-        copies = sizes[::period]
-        assert copies == pytest.approx([growth**copy for copy in range(len(copies))], rel=1e-9)
-        assert 1 < growth <= 1.98
+@pytest.mark.parametrize("period", staleness.PERIODS)
+def test_a_period_multiplies_linear_weights_by_the_matrix_that_is_worked_out_for_it(period):
+    # With the target fixed at t, the error of w to ±2 gamma t shrinks to nine tenths in each of the updates.
+    q = 0.9**period
+    for name, factor in (("w → 2w", q + 1.98 * (1 - q)), ("w → −2w", q - 1.98 * (1 - q))):
+        weights = staleness.run(staleness.EXAMPLES[name], period, updates=5 * period)[::period, 0]
+        assert weights == pytest.approx([factor**copy for copy in range(len(weights))], rel=1e-9)
+        assert staleness.radius(staleness.EXAMPLES[name], period) == pytest.approx(abs(factor), rel=1e-9)
+        assert (abs(factor) < 1) == (name == "w → −2w" and q > 0.98 / 2.98), "the condition in closed form"
+    # Features (1, 0) in nine rows of ten lead to (2, 1), which leads to the end.
+    example, expected = staleness.EXAMPLES["(1, 0) → (2, 1) → end"], np.array([1.0, 1.0])
+    weights = staleness.run(example, period, updates=5 * period)[::period]
+    for found in weights[1:]:
+        copy = expected.copy()
+        for _ in range(period):
+            first, second = 0.99 * copy @ [2, 1] - expected @ [1, 0], 0 - expected @ [2, 1]
+            expected = expected + 0.1 * (0.9 * first * np.array([1, 0]) + 0.1 * second * np.array([2, 1]))
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_three_examples_do_not_help_destroy_and_cure_from_the_periods_on_that_are_told():
+    doubling, flipping, two = staleness.EXAMPLES.values()
+    assert all(staleness.radius(doubling, period) > 1 for period in staleness.PERIODS)
+    for alpha, destroys, cures in ((0.1, 11, 51), (0.05, 22, 102), (0.01, 111, 507)):
+        assert staleness.radius(flipping, destroys - 1, alpha) < 1 < staleness.radius(flipping, destroys, alpha)
+        assert staleness.radius(two, cures, alpha) < 1 < staleness.radius(two, cures - 1, alpha)
+    by_hand = ((1 - 1.98, 1.98), (1 + 1.98, 1.98), (-0.191, 0.0))  # trace -0.382; what follows twice is the end
+    assert [staleness.extremes(each) for each in (doubling, flipping, two)] == [
+        pytest.approx(each, abs=1e-6) for each in by_hand]
+    assert staleness.radius(flipping, 1, 0.67) < 1 < staleness.radius(flipping, 1, 0.68)
+    even = two._replace(features=[[1.0, 0.0], [2.0, 1.0]], following=[[2.0, 1.0], [0.0, 0.0]])
+    assert staleness.radius(even, 1) < 1, "as much data of both states, and a fresh target converges"
+
+
+def test_a_table_with_noise_is_learned_as_by_a_loop_over_its_updates():
+    """The same draws, pair by pair in plain Python, for a rule of each kind."""
+    rules = [staleness.Rule("afresh", 300), staleness.Rule("afresh", 100, grows=True), staleness.Rule("falling", 1),
+             staleness.Rule("0.01", 300)]
+    found = staleness.learn_tables(updates=(2_000,), seeds=(3,), rules=rules, chunk=2_000)
+    dynamics, rng = optimality.published("FrozenLake-v1"), np.random.default_rng(3)
+    states, actions = rng.choice(dynamics.states, 2_000), rng.integers(4, size=2_000)
+    draws, optimal = rng.random(2_000), dynamics.optimal(0.99)
+    periods = [[300 * n for n in range(1, 7)], list(np.cumsum([round(100 * 0.99 ** (-2 * n / 3)) for n in range(30)])),
+               list(range(1, 2_001)), [300 * n for n in range(1, 7)]]
+    for rule, copies, error in zip(rules, periods, found.error, strict=True):
+        q, values, count = np.zeros((16, 4)), np.zeros(16), np.zeros((16, 4))
+        for done, (state, action, draw) in enumerate(zip(states, actions, draws, strict=True), 1):
+            outcome = int((draw >= dynamics.probability[state, action].cumsum()[:-1]).sum())
+            here = state, action, outcome
+            target = dynamics.reward[here] + 0.99 * (not dynamics.final[here]) * values[dynamics.next_state[here]]
+            count[state, action] += 1
+            n = count[state, action]
+            size = {"afresh": 1 / n, "falling": 1 / (1 + 0.01 * (n - 1))}.get(rule.steps, 0.01)
+            q[state, action] += size * (target - q[state, action])
+            if done in copies:
+                values = q.max(1)
+                count *= rule.steps != "afresh"
+        assert error == pytest.approx(np.abs(q - optimal)[dynamics.states].max(), rel=1e-9)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ of dqn.py, as a table and as a network, are compared with it whenever they log. 
 begins in a state drawn uniformly, every action is drawn uniformly, and after 10 steps, or 5, the episode is truncated,
 which bootstraps, so that Q* is the one without a time limit.
 
-The other side is w -> 2w (Sutton & Barto 2018, section 11.2), two states that share one weight: no period of the target
-network makes that converge. Prints both tables, draws results/staircase.svg.
+The other side, where a stale target does not help, destroys or cures, is in staleness.py. Prints the table, draws
+results/staircase.svg.
 """
 
 import itertools
@@ -193,26 +193,6 @@ def value_iteration(run):
     return errors
 
 
-W_PERIODS = (1, 10, 100, 500)  # updates of w between two copies to the target
-W_UPDATES = 2_000
-
-
-def w_to_2w(period, gamma=0.99, step_size=0.1):
-    """Return |w| (W_UPDATES + 1,) if a state of value w is always followed by one of value 2w, without reward.
-
-    Right is w = 0. The first state is learned from; its target, gamma 2w, has a copy of w that is `period` updates old
-    at most.
-    """
-    w = target_w = 1.0
-    sizes = [w]
-    for update in range(1, W_UPDATES + 1):
-        w += step_size * (gamma * 2 * target_w - w)  # the gradient of the first state's value is 1
-        if update % period == 0:
-            target_w = w
-        sizes.append(abs(w))
-    return np.array(sizes)
-
-
 def main(options):
     """Run what is missing, print the tables, draw the figure."""
     rows = sweep.sweep("optimality", runs(options), prepare, ("q/error", "policy/loss"))
@@ -223,21 +203,9 @@ def main(options):
         error, lost = (sweep.last(rows, env_id, setting, tag) for tag in ("q/error", "policy/loss"))
         sweep.line(env_id, network, sync, sweep.commits(rows, env_id, setting),
                    f"{np.median(error):.2%} ({error.max():.2%})", f"{(lost < 1e-6).sum()} of {len(lost)}")
-    sweep.head("w -> 2w, target updated every", "abs(w) after 2,000 updates", "beyond 10^12 at update",
-               "growth from copy to copy (2 gamma = 1.98)")
-    for period in W_PERIODS:
-        sizes = w_to_2w(period)
-        beyond = np.argmax(sizes > 1e12) if sizes[-1] > 1e12 else "-"
-        growth = sizes[period::period] / sizes[:-period:period]
-        sweep.line(period, f"{sizes[-1]:.3g}", beyond, f"{growth.max():.2f}")
-    titles = [*options.env_ids, "w → 2w: one weight for two states"]
-    with figures.panels("staircase", titles, 2, xlabel="environment steps",
-                        ylabel="largest error of Q / largest |Q*|") as places:
-        for number, period in enumerate(W_PERIODS):
-            places[-1].plot(w_to_2w(period), color=f"C{number + 3}", linewidth=1)
-            places[-1].text((320, 530, 1150, 1300)[number], (1e10, 1e8, 1e6, 60)[number], f"every {period}")
-        places[-1].set(yscale="log", ylim=(0.5, 1e12), xlabel="updates", ylabel="error, |w|")
-        for axes, env_id in zip(places, options.env_ids, strict=False):
+    with figures.panels("staircase", options.env_ids, 3, 3.0, xlabel="environment steps") as places:
+        places[0].set_ylabel("largest error of Q / largest |Q*|")
+        for axes, env_id in zip(places, options.env_ids, strict=True):
             for sync in STAIR_SYNCS:
                 error = sweep.table(rows, env_id, f"stairs, {sync}", "q/error")
                 axes.plot(error.index, error, label=f"sync every {sync}", linewidth=1)

@@ -35,6 +35,9 @@ SETTINGS = {
 HARSH = dict(learning_rate=1e-2, buffer_size=1_000)
 HARSH_SETTINGS = {f"harsh: {name}": SETTINGS[name] | HARSH
                   for name in ("none", "hard, 500", "none, LayerNorm", "hard, 500, LayerNorm")}
+# Does a long period arrive where a short one does, if it is given ten times the steps? The fourth is the control.
+LONG = {f"{steps // 1000:,}k steps: hard, {period:,}": dict(total_timesteps=steps, target_network_frequency=period)
+        for steps, period in ((100_000, 50), (100_000, 500), (100_000, 5_000), (1_000_000, 500), (1_000_000, 5_000))}
 # No return is larger: 1 / (1 - gamma) with a reward of 1 a step; what the lander's shaping can give, and 100 to land.
 BOUND = {"CartPole-v1": 100.0, "LunarLander-v3": 400.0}
 SOLVED = {"CartPole-v1": 475.0, "LunarLander-v3": 200.0}  # Gymnasium's reward thresholds
@@ -76,6 +79,12 @@ def prepare(run):
     dqn.Agent, dqn.LOG_FREQUENCY = Agent, min(5_000, run.args.total_timesteps // 20)
 
 
+def long_runs(options):
+    """List the runs of ten times the steps and those that they are held against, of three seeds on CartPole-v1."""
+    return [Run("CartPole-v1", name, seed, PLAIN | changes) for seed in options.seeds[:3]
+            for name, changes in LONG.items()]
+
+
 def runs(options):
     """List all runs, seed by seed, so that what is there early can be compared."""
     return [Run(env_id, name, seed, PLAIN | dict(total_timesteps=STEPS[env_id]) | changes)
@@ -92,8 +101,21 @@ SHOWN = {
 }
 
 
+def ten_times(options):
+    """Run what is missing of the long runs, and print their table."""
+    rows = sweep.sweep("target_network_long", long_runs(options), prepare, ("q/largest",))
+    sweep.head("CartPole-v1", "commit", "final return of each seed", "best evaluation", "largest abs(Q) at the end")
+    for name in LONG:
+        final, largest = (sweep.last(rows, "CartPole-v1", name, tag) for tag in (sweep.FINAL, "q/largest"))
+        best = sweep.table(rows, "CartPole-v1", name, sweep.CURVE).max()
+        sweep.line(name, sweep.commits(rows, "CartPole-v1", name),
+                   *(", ".join(f"{value:.1f}" for value in each) for each in (final, best, largest)))
+
+
 def main(options):
-    """Run what is missing, print the table, draw the figures."""
+    """Run what is missing, print the tables, draw the figures."""
+    if "CartPole-v1" in options.env_ids:
+        ten_times(options)
     rows = sweep.sweep("target_network", runs(options), prepare, ("target/path", "q/largest"))
 
     def values(env_id, name, title):
