@@ -809,7 +809,7 @@ def evaluate(args, agent, envs, log, progress, signals):
 
 
 def greedy_returns(q_network, envs, seed, args, signals=()):
-    """Play one greedy episode in each environment (seed, seed + 1, ...); return returns (N,)."""
+    """Play an episode, greedy but for eval_epsilon, in each environment; return returns (N,)."""
     rng = np.random.default_rng(seed)
     observations, _ = envs.reset(seed=seed)
     returns = np.zeros(envs.num_envs)
@@ -1052,10 +1052,10 @@ def check_rewards(rewards, step):
 def check_loss(metrics, replay, step):
     """Raise TrainingError if the loss of the last gradient step was infinite or NaN."""
     if metrics and not math.isfinite(metrics["losses/td_loss"]):
-        cause = "loss not finite; try a lower --learning-rate"
+        problem = "loss not finite; try a lower --learning-rate"
         if not math.isfinite(replay.frames.sum()):
-            cause = "observation not finite; fix the environment"
-        raise TrainingError(f"step {step:,}: {cause}")
+            problem = "observation not finite; fix the environment"
+        raise TrainingError(f"step {step:,}: {problem}")
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -1125,7 +1125,7 @@ def validate(args):
         if getattr(args, name) % WORLD_SIZE:
             raise UsageError(f"{flag(args, name)}: must be a multiple of {WORLD_SIZE} processes")
     if json.loads(json.dumps(args.env_kwargs, default=repr)) != args.env_kwargs:
-        raise UsageError(f"{flag(args, 'env_kwargs')}: JSON cannot hold it; gym.register(kwargs=) can")
+        raise UsageError(f"{flag(args, 'env_kwargs')}: JSON cannot hold it; gym.register() can")
     if args.track:
         with blame(flag(args, "track"), ImportError, "", "; pip install wandb"):
             import wandb  # noqa: F401

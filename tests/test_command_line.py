@@ -105,7 +105,7 @@ def test_the_limits_themselves_are_allowed():
     (dict(num_envs=64, buffer_size=128),
      "--buffer-size 128: must be at least 256, for a transition of 1 steps in each of 64 environments"),
     (dict(track=True), "--track True: import of wandb halted; None in sys.modules; pip install wandb"),
-    *((dict(env_kwargs={"x": value}), f"--env-kwargs {{'x': {value}}}: JSON cannot hold it; gym.register(kwargs=) can")
+    *((dict(env_kwargs={"x": value}), f"--env-kwargs {{'x': {value}}}: JSON cannot hold it; gym.register() can")
       for value in ((1, 2), math.nan, {3}, [{"y": 1j}])),
 ])
 def test_settings_that_do_not_go_together_are_refused(settings, message, monkeypatch):

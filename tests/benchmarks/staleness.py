@@ -37,7 +37,7 @@ class Example(NamedTuple):
     features: list  # (rows, d) of the states that are learned from
     following: list  # (rows, d) of the states that they lead to; zeros: the end
     start: list  # (d,)
-    periods: tuple  # that are drawn
+    periods: tuple  # of PERIODS, those that are drawn
 
 
 EXAMPLES = {
@@ -56,8 +56,8 @@ BOUNDS = 1e-12, 1e12  # of |w|, outside of which a run ends
 class Linear(dqn.Agent):
     """An agent whose Q is linear in the observation, of one action, and learns by plain gradient descent."""
 
-    def __init__(self, weights, period):
-        self.args = dqn.Args(double_q=False, loss="mse", target_network_frequency=period)
+    def __init__(self, weights):
+        self.args = dqn.Args(double_q=False, loss="mse")
         self.q_network, self.target_network = (nn.Linear(len(weights), 1, bias=False).double() for _ in range(2))
         for network in (self.q_network, self.target_network):
             network.weight.data[:] = torch.tensor(weights)
@@ -68,7 +68,7 @@ class Linear(dqn.Agent):
 
 def run(example, period, alpha=0.1, updates=UPDATES):
     """Learn from all rows in each update; return the weights (updates + 1, d), fewer if |w| leaves its bounds."""
-    agent = Linear(example.start, period)
+    agent = Linear(example.start)
     rows = len(example.features)
     features, following = (torch.tensor(each, dtype=torch.float64) for each in (example.features, example.following))
     batch = dqn.Batch(features, torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.float64), following,
@@ -131,7 +131,7 @@ def linear():
     sweep.head("target copied every", *(f"{name}: factor of a period" for name in EXAMPLES),
                *(f"{name}: run" for name in EXAMPLES))
     runs = {(name, period): run(example, period) for name, example in EXAMPLES.items()
-            for period in sorted({*PERIODS, *example.periods})}
+            for period in PERIODS}
     for period in PERIODS:
         sweep.line(f"{period:,}", *(f"{radius(example, period):.4f}" for example in EXAMPLES.values()),
                    *(verdict(runs[name, period]) for name in EXAMPLES))

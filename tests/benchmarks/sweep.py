@@ -100,9 +100,9 @@ def do(run, prepare=None, tags=()):
 
     `prepare(run)` may change dqn before, to log more; `tags` are what is kept of that. Use a process for each call.
     """
-    if prepare:
-        prepare(run)
     with quiet_folder():
+        if prepare:
+            prepare(run)
         start = time.perf_counter()
         run_dir = dqn.train(run.args)
         seconds = time.perf_counter() - start
