@@ -18,6 +18,7 @@ from conftest import SHORT, finish, flags, start
 sys.path.insert(0, str(Path(__file__).with_name("benchmarks")))
 
 import changes
+import defaults
 import learning
 import optimality
 import resume
@@ -291,6 +292,33 @@ def test_optimality_runs_from_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     optimality.main(sweep.Options(("FrozenLake-v1",), (1,)))
     assert "| FrozenLake-v1 | table | 1 |" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"optimality.csv", "staircase.svg"}
+
+
+def test_only_going_right_ten_times_brings_the_treasure_of_the_deep_sea():
+    env = defaults.DeepSea()
+    for left_at, total in ((None, 1 - 10 * 0.001), (0, -9 * 0.001), (9, -9 * 0.001)):
+        observation, _ = env.reset(seed=1)
+        rewards, places = 0.0, []
+        for step in range(10):
+            places.append(observation.argmax())
+            goes_right = step != left_at
+            observation, reward, terminated, *_ = env.step(env.right[divmod(places[-1], 10)] ^ (not goes_right))
+            rewards += reward
+            assert terminated == (step == 9)
+        assert rewards == pytest.approx(total)
+        column = 0 if left_at == 0 else 1  # after one step to the left, or to the right
+        assert places[1] == 10 + column
+        assert places[-1] == 99 - (left_at == 0)
+    assert len(set(env.right.ravel())) == 2  # which action goes right differs from place to place
+
+
+def test_defaults_run_from_end_to_end(tiny, tmp_path, capsys):
+    defaults.cartpole(defaults.Options((), (1, 2), "cartpole", settings=("10,000",)))
+    defaults.untuned(defaults.Options(("DeepSea-v0",), (1,), "untuned", settings=("dqn.py",)))
+    out = capsys.readouterr().out
+    final = sweep.last(sweep.read(tmp_path / "cartpole.csv"), "CartPole-v1", "10,000", sweep.FINAL)
+    assert f"| 2 | {final.mean():.1f} | {final.min():.1f} | 2 | 3,000 |" in out
+    assert "| DeepSea-v0 | 50,000 |" in out
 
 
 def test_a_killed_run_is_equal_to_one_left_alone(tmp_path):
