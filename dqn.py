@@ -1062,9 +1062,9 @@ def check_loss(metrics, replay, step):
 # Flags that a command begins with, by family of environments ("ALE/") and by environment.
 TUNED = {
     "CartPole-v1":
-        "--total-timesteps 80_000 --num-envs 8 --learning-rate 2e-3 --buffer-size 80_000 "
-        "--learning-starts 1_000 --gamma 0.995 --n-step 10 --no-double-q "
-        "--exploration-fraction 0.3 --eval-frequency 5_000 --eval-episodes 100 --stop-return 500",
+        "--total-timesteps 80_000 --num-envs 8 --learning-rate 2e-3 --buffer-size 10_000 "
+        "--learning-starts 1_000 --gamma 0.995 --n-step 10 --exploration-fraction 0.3 "
+        "--eval-frequency 5_000 --eval-episodes 100 --stop-return 500",
     "Acrobot-v1":
         "--total-timesteps 100_000 --num-envs 8 --hidden-sizes 256 256 --learning-rate 6e-4 "
         "--learning-starts 1_000 --train-frequency 2 --n-step 3 --no-double-q "

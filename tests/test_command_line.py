@@ -40,8 +40,8 @@ def test_uv_installs_what_requirements_txt_names():
 def test_what_is_given_wins_then_tuned_then_the_plain_default():
     cartpole = parse_args(["--env-id", "CartPole-v1"])
     assert parse_args([]) == cartpole == Args(
-        total_timesteps=80_000, num_envs=8, learning_rate=2e-3, buffer_size=80_000, learning_starts=1_000, gamma=0.995,
-        n_step=10, double_q=False, exploration_fraction=0.3, eval_frequency=5_000, eval_episodes=100, stop_return=500.0)
+        total_timesteps=80_000, num_envs=8, learning_rate=2e-3, buffer_size=10_000, learning_starts=1_000, gamma=0.995,
+        n_step=10, exploration_fraction=0.3, eval_frequency=5_000, eval_episodes=100, stop_return=500.0)
     assert parse_args(["--no-tuned"]) == Args(tuned=False)
     assert parse_args(["--num-envs", "3"]) == replace(cartpole, num_envs=3)
     breakout = parse_args(["--env-id", "ALE/Breakout-v5"])

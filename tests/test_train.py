@@ -134,7 +134,7 @@ def test_catching_a_ball_is_learned_from_pixels(in_tmp):
 def test_cartpole_is_learned(in_tmp):
     run_dir = dqn.train(dqn.parse_args(["--seed", "6"]))
     assert verdict(run_dir)["mean"] >= 475
-    assert scalars(run_dir)["eval/episodic_return"][-1][0] <= 80_000
+    assert scalars(run_dir)["eval/episodic_return"][-1][0] < 80_000  # an evaluation was perfect
 
 
 # 700 steps of the one environment, and the resets after 69 episodes of 10 steps and at two checkpoints
