@@ -91,7 +91,13 @@ UNTUNED = {
     "MinAtar/Breakout-v1": dict(total_timesteps=120_000, eval_max_steps=EPISODE),  # which has an entry in TUNED
 }
 # Defaults of Args, and others that were tried.
-CANDIDATES = {"dqn.py": {}}
+CANDIDATES = {
+    "dqn.py": {},
+    "buffer of 10,000": dict(buffer_size=10_000),
+    "three steps": dict(n_step=3),
+    "2.5 times the gradient steps": dict(train_frequency=4),
+    "half of the run explores": dict(exploration_fraction=0.5),
+}
 
 
 @dataclass
