@@ -90,6 +90,9 @@ UNTUNED = {
     "gymnasium_2048:gymnasium_2048/TwentyFortyEight-v0": PLAIN | dict(total_timesteps=100_000),
     "MinAtar/Breakout-v1": dict(total_timesteps=120_000, eval_max_steps=EPISODE),  # which has an entry in TUNED
 }
+# What helps there must cost nothing on these.
+CONTROL = {env_id: dict(tuned=False, total_timesteps=500_000)
+           for env_id in ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3")}
 # Defaults of Args, and others that were tried.
 CANDIDATES = {
     "dqn.py": {},
@@ -161,14 +164,14 @@ def cartpole(options):
 
 def untuned(options):
     """Run what is missing of the environments that nobody tuned, and print their table."""
-    names = options.settings or (*CANDIDATES, SB3)
-    rows = sweep.sweep("untuned", [Run(env_id, name, seed, UNTUNED[env_id] | CANDIDATES.get(name, {}))
-                                   for env_id in options.env_ids for seed in options.seeds for name in names],
+    tasks, names = UNTUNED | CONTROL, options.settings or (*CANDIDATES, SB3)
+    rows = sweep.sweep("untuned", [Run(env_id, name, seed, tasks[env_id] | CANDIDATES.get(name, {}))
+                                   for seed in options.seeds for env_id in options.env_ids for name in names],
                        prepare, do=do)
     sweep.head("environment", "steps", *names)
     for env_id in options.env_ids:
         finals = [sweep.last(rows, env_id, name, FINAL) for name in names]
-        sweep.line(env_id.split(":")[-1], f"{UNTUNED[env_id]['total_timesteps']:,}",
+        sweep.line(env_id.split(":")[-1], f"{tasks[env_id]['total_timesteps']:,}",
                    *(f"{final.mean():.2f} ({', '.join(f'{value:.4g}' for value in final)})" for final in finals))
 
 
