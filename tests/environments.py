@@ -263,6 +263,58 @@ class One(Five):
         One.alive = False
 
 
+class Allowed(gym.Env):
+    """Two of four actions are allowed at a time, none after the end; right is the one that is observed as larger."""
+
+    action_space = spaces.Discrete(4)
+    observation_space = spaces.Box(0, 1, (4,), np.float32)
+
+    def observe(self):
+        self.mask = self.np_random.permutation([0, 0, 1, 1]).astype(np.int8) * (self.t < 10)
+        self.sizes = self.np_random.random(4).astype(np.float32)
+        return self.sizes, {"action_mask": self.mask, "what vectors cannot merge": {"t": [self.t] * self.t}}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe()
+
+    def step(self, action):
+        assert self.mask[action], f"{action} is forbidden"
+        reward = float(self.sizes[action] == (self.sizes * self.mask).max())
+        self.t += 1
+        observation, info = self.observe()
+        return observation, reward, self.t == 10, False, info
+
+
+class Signs(gym.Env):
+    """A plus or a cross somewhere in a picture, and a number that says which of them asks for which action."""
+
+    action_space = spaces.Discrete(2)
+    observation_space = spaces.Dict(number=spaces.Box(-1, 1, (1,), np.float32),
+                                    picture=spaces.Box(0, 255, (12, 12, 1), np.uint8))
+
+    def observe(self):
+        shape, number = self.np_random.integers(2, size=2)
+        row, column = self.np_random.integers(10, size=2)
+        picture = self.np_random.integers(100, size=(12, 12, 1), dtype=np.uint8)
+        plus = np.uint8([[0, 255, 0], [255, 255, 255], [0, 255, 0]])
+        cross = np.uint8([[255, 0, 255], [0, 255, 0], [255, 0, 255]])
+        picture[row:row + 3, column:column + 3, 0] = cross if shape else plus
+        self.right = shape ^ number
+        return {"number": np.float32([2 * number - 1]), "picture": picture}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        reward = float(action == self.right)
+        self.t += 1
+        return self.observe(), reward, self.t == 20, False, {}
+
+
 SPACES = {
     "float64": spaces.Box(-np.inf, np.inf, (3,), np.float64),
     "float16": spaces.Box(-1, 1, (3,), np.float16),
@@ -288,7 +340,8 @@ BOARDS = {
     (3, 240, 60): (3, 240, 60), (84, 84): (1, 84, 84), (4, 42, 36, 3): (12, 42, 36), (2, 3, 42, 36): (6, 42, 36),
 }  # fmt: skip
 
-for each in (Walk, Unpainted, Catch, Cam, Winner, Trail, Mission, Blank, Clock, Negative, Never, One, InPlace, Dice):
+for each in (Walk, Unpainted, Catch, Cam, Winner, Trail, Mission, Blank, Clock, Negative, Never, One, InPlace, Dice,
+             Allowed, Signs):
     gym.register(f"{each.__name__}-v0", entry_point=each)
 gym.register("Unversioned", entry_point=Walk)
 gym.register("SCALE/Walk-v0", entry_point=Walk)

@@ -1,5 +1,6 @@
 """The benchmarks in tests/benchmarks/: statistics, value iteration, sweeps, and tiny runs of every script's table."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,13 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 import dqn
-from conftest import SHORT, finish, flags, start
+from conftest import SHORT, finish, flags, scalars, start
 
 sys.path.insert(0, str(Path(__file__).with_name("benchmarks")))
 
 import changes
+import curves
 import defaults
 import learning
 import optimality
@@ -321,6 +324,25 @@ def test_defaults_run_from_end_to_end(tiny, tmp_path, capsys):
     assert "| DeepSea-v0 | 50,000 |" in out
 
 
+def test_runs_that_differ_in_their_seed_alone_share_a_curve(tmp_path, capsys):
+    for name, seed, n_step, ends_at, mean in (("a", 1, 1, 30, 4.0), ("b", 2, 1, 20, 8.0), ("c", 1, 3, 30, 5.0)):
+        folder = tmp_path / name
+        with SummaryWriter(str(folder)) as writer:
+            for step in range(10, ends_at + 1, 10):
+                writer.add_scalar(sweep.CURVE, step * seed, step)
+        folder.joinpath("args.json").write_text(json.dumps({"seed": seed, "n_step": n_step, "gamma": 0.9}))
+        folder.joinpath("result.json").write_text(json.dumps({"mean": mean}))
+    folders = tuple(tmp_path / name for name in "abc")
+    assert curves.by_setting(folders) == {"n_step 1": [folders[0], folders[1]], "n_step 3": [folders[2]]}
+    lines = curves.lines(folders[:2], sweep.CURVE)
+    assert lines.mean(axis=1).to_dict() == {10: 15, 20: 30, 30: 35}  # a run that has ended keeps its last value
+    curves.main(folders, out=tmp_path / "curves.png")
+    out = capsys.readouterr().out
+    assert "| n_step 1 | 2 | 6.0 | 4.0 | 6.0 (4.0 to 8.0) |" in out
+    assert "| n_step 3 | 1 | 5.0 | 5.0 | 5.0 (5.0 to 5.0) |" in out
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
 def test_a_killed_run_is_equal_to_one_left_alone(tmp_path):
     flags = "--env-id CartPole-v1 --no-tuned --learning-starts 500 --eval-episodes 2 --eval-max-steps 50 "
     flags += "--checkpoint-frequency 500 --buffer-size 1000 --final-episodes 4"
@@ -377,6 +399,32 @@ def test_each_change_of_the_readme_applies_and_runs(name, in_tmp):
     assert script.read_text() != Path(dqn.__file__).read_text()
     process = finish(start(*flags(**SHORT), cwd=in_tmp, script=script))
     assert "at the end: return" in process.out
+
+
+# Of 10.0 and of 20.0 to reach
+@pytest.mark.parametrize(("name", "env_id", "reaches", "without"), [
+    ("action_mask", "Allowed-v0", 9.0, None), ("dict_images", "Signs-v0", 19.0, 17.0)])
+def test_a_diff_learns_what_the_file_alone_does_not(name, env_id, reaches, without, in_tmp):
+    settings = SHORT | dict(env_id=f"environments:{env_id}", total_timesteps=5_000, learning_starts=500, num_envs=4,
+                            buffer_size=10_000, batch_size=64, train_frequency=4, gamma=0.0, eval_frequency=0,
+                            eval_max_steps=20, final_episodes=50, checkpoint_frequency=2_500)
+
+    def returns(script):
+        out, error = start(*flags(**settings), cwd=in_tmp, script=script).communicate(timeout=120)
+        return float((re.findall(r"at the end: return (\S+)", out) or ["nan"])[0]), error
+
+    assert returns(changes.changed(name, in_tmp))[0] >= reaches
+    reached, error = returns(dqn.__file__)
+    assert reached < without if without else "is forbidden" in error
+
+
+def test_target_drift_tells_how_far_targets_moved(in_tmp):
+    script = changes.changed("target_drift", in_tmp)
+    finish(start(*flags(**SHORT | dict(checkpoint_frequency=0)), cwd=in_tmp, script=script))
+    (run_dir,) = in_tmp.glob("runs/*")
+    ((step, drift),) = scalars(run_dir)["target/drift"]  # at the second entry since the restart
+    assert step == 1_000
+    assert drift > 0
 
 
 @pytest.mark.parametrize("page", ["README.md", "tests/benchmarks/README.md"])

@@ -25,7 +25,7 @@ NAMES = ("exponential_epsilon", "rmsprop", "prioritised_replay", "c51")
 def changed(name, folder):
     """Copy dqn.py to a folder and change it there; return its path."""
     shutil.copy(dqn.__file__, folder)
-    if name in NAMES:
+    if name != "unchanged":
         subprocess.run(["git", "apply", DIFFS / f"{name}.diff"], cwd=folder, check=True)
     return Path(folder, "dqn.py")
 
