@@ -1,5 +1,6 @@
 """The benchmarks in tests/benchmarks/: statistics, value iteration, sweeps, and tiny runs of every script's table."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -416,6 +417,27 @@ def test_a_diff_learns_what_the_file_alone_does_not(name, env_id, reaches, witho
     assert returns(changes.changed(name, in_tmp))[0] >= reaches
     reached, error = returns(dqn.__file__)
     assert reached < without if without else "is forbidden" in error
+
+
+@pytest.mark.parametrize("double_q", [False, True])
+def test_a_masked_target_is_the_best_allowed_action_also_where_a_time_limit_cut(double_q, in_tmp):
+    spec = importlib.util.spec_from_file_location("masked", changes.changed("action_mask", in_tmp))
+    masked = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(masked)
+    args = masked.Args(env_id="environments:Allowed-v0", double_q=double_q, gamma=0.5, hidden_sizes=(), buffer_size=9)
+    envs = masked.make_envs(args, 1)
+    agent, replay = (each(args, envs, torch.device("cpu")) for each in (masked.Agent, masked.ReplayBuffer))
+    for network, values in ((agent.q_network, [1.0, 9, 3, 2]), (agent.target_network, [10.0, 90, 20, 40])):
+        network.layers[-1].weight.data.zero_()
+        network.layers[-1].bias.data = torch.tensor(values)
+    here, yes, no = np.zeros((1, 4), np.float32), np.array([True]), np.array([False])
+    replay.begin_episodes(here, [[1, 1, 1, 1]])
+    replay.add([0], [1.0], no, yes, here, [[1, 0, 1, 1]])  # cut: best allowed is 40; double Q picks 20
+    replay.begin_episodes(here, [[1, 1, 1, 1]])
+    replay.add([0], [2.0], yes, no, here, [[0, 0, 0, 0]])  # ended, with nothing allowed
+    batch = replay.sample(64, np.random.default_rng(1))
+    told = dict(zip(batch.rewards.tolist(), agent.td_target(batch).tolist(), strict=True))
+    assert told == {1.0: 1 + 0.5 * (20 if double_q else 40), 2.0: 2.0}
 
 
 def test_target_drift_tells_how_far_targets_moved(in_tmp):

@@ -61,10 +61,10 @@ class DeepSea(gym.Env):
 
     def step(self, action):
         goes_right = action == self.right[self.row, self.column]
-        reward = -0.01 / self.size * goes_right + (goes_right and self.column == self.size - 1)
+        reward = (self.column == self.size - 1) - 0.01 / self.size if goes_right else 0.0
         self.column = min(max(self.column + (1 if goes_right else -1), 0), self.size - 1)
         self.row += 1
-        return self.observe(), float(reward), self.row == self.size, False, {}
+        return self.observe(), reward, self.row == self.size, False, {}
 
 
 def grid():
@@ -77,25 +77,18 @@ def grid():
 gym.register("DeepSea-v0", DeepSea)
 gym.register("Grid-v0", grid)
 
-SB3 = "Stable-Baselines3"
+SB3, OURS = "Stable-Baselines3", "dqn.py"
 EPISODE = 2_000  # steps after which an evaluation cuts an episode
-PLAIN = dict(tuned=False, eval_max_steps=EPISODE)
-UNTUNED = {
-    "Taxi-v4": PLAIN | dict(total_timesteps=100_000),
-    "FrozenLake8x8-v1": PLAIN | dict(total_timesteps=100_000),
-    "CliffWalking-v1": PLAIN | dict(total_timesteps=50_000),
-    "DeepSea-v0": PLAIN | dict(total_timesteps=50_000),
-    "flappy_bird_gymnasium:FlappyBird-v0": PLAIN | dict(total_timesteps=120_000, env_kwargs={"use_lidar": False}),
-    "Grid-v0": PLAIN | dict(total_timesteps=100_000),
-    "gymnasium_2048:gymnasium_2048/TwentyFortyEight-v0": PLAIN | dict(total_timesteps=100_000),
-    "MinAtar/Breakout-v1": dict(total_timesteps=120_000, eval_max_steps=EPISODE),  # which has an entry in TUNED
+UNTUNED = {  # and the steps of a run
+    "Taxi-v4": 100_000, "FrozenLake8x8-v1": 100_000, "CliffWalking-v1": 50_000, "DeepSea-v0": 50_000,
+    "flappy_bird_gymnasium:FlappyBird-v0": 120_000, "Grid-v0": 100_000,
+    "gymnasium_2048:gymnasium_2048/TwentyFortyEight-v0": 100_000, "MinAtar/Breakout-v1": 120_000,
 }
+ENV_KWARGS = {"flappy_bird_gymnasium:FlappyBird-v0": {"use_lidar": False}}
 # What helps there must cost nothing on these.
-CONTROL = {env_id: dict(tuned=False, total_timesteps=500_000)
-           for env_id in ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3")}
-# Defaults of Args, and others that were tried.
+CONTROL = dict.fromkeys(("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3"), 500_000)
+# Other defaults that were tried.
 CANDIDATES = {
-    "dqn.py": {},
     "buffer of 10,000": dict(buffer_size=10_000),
     "three steps": dict(n_step=3),
     "2.5 times the gradient steps": dict(train_frequency=4),
@@ -109,7 +102,7 @@ class Options(sweep.Options):
 
     part: tyro.conf.Positional[Literal["cartpole", "untuned"]] = "cartpole"
     env_ids: tuple[str, ...] = tuple(UNTUNED)  # of `untuned`
-    settings: tuple[str, ...] = ()  # these alone; none: all
+    settings: tuple[str, ...] = ()  # these; none: all of `cartpole`, dqn.py and Stable-Baselines3 of `untuned`
 
 
 def prepare(run):
@@ -132,7 +125,7 @@ def do(run, prepare, tags):
     torch.set_num_threads(1)
 
     def make(limit=None):
-        env = gym.make(run.env_id, **run.changes.get("env_kwargs", {}))
+        env = gym.make(run.env_id, **run.changes["env_kwargs"])
         return gym.wrappers.TimeLimit(env, limit) if limit else env
 
     start = time.perf_counter()
@@ -159,19 +152,23 @@ def cartpole(options):
         late = curve[curve.index >= 45_000].stack()
         sweep.line(name, sweep.commits(rows, "CartPole-v1", name), len(final), f"{final.mean():.1f}",
                    f"{final.min():.1f}", (final < 495).sum(), f"{steps.mean():,.0f}",
-                   *([f"{(late == 500).sum()} of {len(late)}", f"{late.min():.1f}"] if "early" in name else ["", ""]))
+                   f"{(late == 500).sum()} of {len(late)}", f"{late.min():.1f}")
 
 
 def untuned(options):
     """Run what is missing of the environments that nobody tuned, and print their table."""
-    tasks, names = UNTUNED | CONTROL, options.settings or (*CANDIDATES, SB3)
-    rows = sweep.sweep("untuned", [Run(env_id, name, seed, tasks[env_id] | CANDIDATES.get(name, {}))
-                                   for seed in options.seeds for env_id in options.env_ids for name in names],
-                       prepare, do=do)
+    names, steps = options.settings or (OURS, SB3), UNTUNED | CONTROL
+    runs = []
+    for env_id in options.env_ids:
+        changes = dict(total_timesteps=steps[env_id], tuned=env_id.startswith("MinAtar/"),  # whose entry nobody tuned
+                       eval_max_steps=EPISODE, env_kwargs=ENV_KWARGS.get(env_id, {}))
+        runs += [Run(env_id, name, seed, changes | CANDIDATES.get(name, {}))
+                 for seed in options.seeds for name in names]
+    rows = sweep.sweep("untuned", runs, prepare, do=do)
     sweep.head("environment", "steps", *names)
     for env_id in options.env_ids:
         finals = [sweep.last(rows, env_id, name, FINAL) for name in names]
-        sweep.line(env_id.split(":")[-1], f"{tasks[env_id]['total_timesteps']:,}",
+        sweep.line(env_id.split(":")[-1], f"{steps[env_id]:,}",
                    *(f"{final.mean():.2f} ({', '.join(f'{value:.4g}' for value in final)})" for final in finals))
 
 
