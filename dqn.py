@@ -108,7 +108,7 @@ class Args:
     buffer_size: int = 100_000  # transitions in the replay buffer
     learning_starts: int = 2_000  # steps before the first gradient step
     batch_size: int = 128  # transitions in a gradient step
-    train_frequency: int = 10  # steps between two gradient steps
+    train_frequency: int = 4  # steps between two gradient steps
     gamma: float = 0.99  # discount factor
     n_step: int = 1  # rewards summed before the target bootstraps
     double_q: bool = True  # the Q-network picks a', the target network values it
@@ -1023,7 +1023,7 @@ def check_numbers(args, name, space):
     if not (parts or isinstance(space, numeric)):
         raise UsageError(f"{flag(args, 'env_id')}: {name} is not numeric, {space}; leave it out")
     if is_image(space):
-        say_once(f"{name} is an image, but flattened; for convolutions let a wrapper give it alone")
+        say_once(f"{name} is an image, but flattened; dict_images.diff has convolutions for it")
 
 
 def check_memory(args, needed, device):
@@ -1063,24 +1063,24 @@ def check_loss(metrics, replay, step):
 TUNED = {
     "CartPole-v1":
         "--total-timesteps 80_000 --num-envs 8 --learning-rate 2e-3 --buffer-size 10_000 "
-        "--learning-starts 1_000 --gamma 0.995 --n-step 10 --exploration-fraction 0.3 "
-        "--eval-frequency 5_000 --eval-episodes 100 --stop-return 500",
+        "--learning-starts 1_000 --train-frequency 10 --gamma 0.995 --n-step 10 "
+        "--exploration-fraction 0.3 --eval-frequency 5_000 --eval-episodes 100 --stop-return 500",
     "Acrobot-v1":
         "--total-timesteps 100_000 --num-envs 8 --hidden-sizes 256 256 --learning-rate 6e-4 "
         "--learning-starts 1_000 --train-frequency 2 --n-step 3 --no-double-q "
         "--target-network-frequency 250 --exploration-fraction 0.12",
     "MountainCar-v0":
         "--total-timesteps 120_000 --num-envs 8 --buffer-size 120_000 --learning-starts 1_000 "
-        "--train-frequency 4 --n-step 3 --no-double-q --target-network-frequency 4 --tau 0.03 "
+        "--n-step 3 --no-double-q --target-network-frequency 4 --tau 0.03 "
         "--loss huber --exploration-fraction 0.1 --end-e 0",
     "LunarLander-v3":
         "--total-timesteps 200_000 --num-envs 8 --hidden-sizes 256 256 --learning-rate 2e-3 "
-        "--buffer-size 50_000 --train-frequency 4 --n-step 3 "
-        "--exploration-fraction 0.15 --end-e 0.01",
-    "CarRacing-v3": "--env-kwargs continuous False --frame-stack 4",  # not tuned
+        "--buffer-size 50_000 --n-step 3 --exploration-fraction 0.15 --end-e 0.01",
+    "CarRacing-v3":  # not tuned
+        "--frame-stack 4 --train-frequency 10 --env-kwargs continuous False",
     "MinAtar/":  # not tuned
         "--total-timesteps 1_000_000 --num-envs 8 --hidden-sizes 128 --learning-rate 3e-4 "
-        "--learning-starts 5_000 --batch-size 32 --train-frequency 4 --n-step 3 "
+        "--learning-starts 5_000 --batch-size 32 --n-step 3 "
         "--target-network-frequency 1_000 --loss huber --max-grad-norm 10 --end-e 0.01 "
         "--eval-frequency 100_000 --eval-max-steps 5_000",
     "ALE/":  # for two cores without a GPU: a small network, few gradient steps

@@ -394,7 +394,7 @@ def test_whole_processes_are_compared_with_what_they_reached(monkeypatch, capsys
     assert lines[4] == "| median | 10.0 s |  | 30.0 s |  | 0.33 |"
 
 
-@pytest.mark.parametrize("name", changes.NAMES)
+@pytest.mark.parametrize("name", changes.NAMES["CartPole-v1"])
 def test_each_change_of_the_readme_applies_and_runs(name, in_tmp):
     script = changes.changed(name, in_tmp)
     assert script.read_text() != Path(dqn.__file__).read_text()

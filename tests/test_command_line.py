@@ -40,8 +40,9 @@ def test_uv_installs_what_requirements_txt_names():
 def test_what_is_given_wins_then_tuned_then_the_plain_default():
     cartpole = parse_args(["--env-id", "CartPole-v1"])
     assert parse_args([]) == cartpole == Args(
-        total_timesteps=80_000, num_envs=8, learning_rate=2e-3, buffer_size=10_000, learning_starts=1_000, gamma=0.995,
-        n_step=10, exploration_fraction=0.3, eval_frequency=5_000, eval_episodes=100, stop_return=500.0)
+        total_timesteps=80_000, num_envs=8, learning_rate=2e-3, buffer_size=10_000, learning_starts=1_000,
+        train_frequency=10, gamma=0.995, n_step=10, exploration_fraction=0.3, eval_frequency=5_000, eval_episodes=100,
+        stop_return=500.0)
     assert parse_args(["--no-tuned"]) == Args(tuned=False)
     assert parse_args(["--num-envs", "3"]) == replace(cartpole, num_envs=3)
     breakout = parse_args(["--env-id", "ALE/Breakout-v5"])
@@ -66,7 +67,7 @@ def test_the_plain_defaults():
     assert {field.name: field.default for field in fields(Args) if field.name not in ("env_kwargs", "env_id")} == dict(
         num_envs=1, async_envs=False, frame_stack=1, clip_rewards=False, total_timesteps=500_000, seed=1, tuned=True,
         convolutions=(), hidden_sizes=(120, 84), dueling=False, layer_norm=True, learning_rate=1e-3, anneal_lr=True,
-        buffer_size=100_000, learning_starts=2_000, batch_size=128, train_frequency=10, gamma=0.99, n_step=1,
+        buffer_size=100_000, learning_starts=2_000, batch_size=128, train_frequency=4, gamma=0.99, n_step=1,
         double_q=True, target_network_frequency=500, tau=1.0, loss="mse", max_grad_norm=math.inf, start_e=1.0,
         end_e=0.05, exploration_fraction=0.2, eval_frequency=25_000, eval_episodes=20, eval_max_steps=10_000,
         eval_epsilon=0.0, final_episodes=100, stop_return=math.inf, checkpoint_frequency=50_000, save_model=True,

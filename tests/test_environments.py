@@ -124,7 +124,7 @@ def test_a_picture_that_becomes_part_of_a_vector_is_told_once(capsys):
     for _ in range(2):
         make_envs(Args(env_id="environments:Cam-v0"), 3)
     assert capsys.readouterr().out == (
-        "observation['cam'] is an image, but flattened; for convolutions let a wrapper give it alone\n")
+        "observation['cam'] is an image, but flattened; dict_images.diff has convolutions for it\n")
 
 
 # What is right is told in environments.py.

@@ -108,7 +108,7 @@ def do(run, prepare=None, tags=()):
         seconds = time.perf_counter() - start
         best = dqn.play(dqn.load(run_dir), run.args, 100)
         final, shown = verdict(run_dir), scalars(run_dir)
-    values = [(step, tag, value) for tag in (CURVE, *tags) for step, value in shown[tag]]
+    values = [(step, tag, value) for tag in (CURVE, *tags) for step, value in shown.get(tag, ())]
     steps = shown[CURVE][-1][0]
     values += [(steps, FINAL, final["mean"]), (steps, SPREAD, final["std"]), (steps, BEST, best.mean()),
                (steps, STEPS, steps), (steps, SECONDS, seconds)]
