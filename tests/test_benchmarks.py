@@ -21,8 +21,10 @@ from conftest import SHORT, finish, flags, scalars, start
 sys.path.insert(0, str(Path(__file__).with_name("benchmarks")))
 
 import changes
+import checklist
 import curves
 import defaults
+import half_hour
 import learning
 import optimality
 import resume
@@ -323,6 +325,46 @@ def test_defaults_run_from_end_to_end(tiny, tmp_path, capsys):
     final = sweep.last(sweep.read(tmp_path / "cartpole.csv"), "CartPole-v1", "10,000", sweep.FINAL)
     assert f"| 2 | {final.mean():.1f} | {final.min():.1f} | 2 | 3,000 |" in out
     assert "| DeepSea-v0 | 50,000 |" in out
+
+
+def test_the_checklist_has_means_over_5000_steps(tiny, tmp_path, monkeypatch, capsys):
+    rows = [("CartPole-v1", "a", "c", 1, step, "losses/td_loss", value)
+            for step, value in ((500, 1.0), (5_000, 2.0), (5_001, 7.0), (9_500, 123.456789))]
+    monkeypatch.setattr(sweep, "do", lambda *given: pd.DataFrame(rows, columns=sweep.COLUMNS))
+    means = checklist.do(None, None, ())
+    assert list(means.step) == [5_000, 10_000]
+    assert list(means.value) == [1.5, 65.228]
+
+
+def test_the_checklist_runs_from_end_to_end(tiny, tmp_path, monkeypatch, capsys):
+    settings = {case: changes for case, changes in checklist.SETTINGS.items() if "textbook: no t" in case[1]}
+    (case,) = settings
+    monkeypatch.setattr(checklist, "SETTINGS", settings)
+    monkeypatch.setattr(checklist, "DRAWN", ("no target network",))
+    checklist.main(sweep.Options(("CartPole-v1",), (1,)))
+    final = sweep.last(sweep.read(tmp_path / "checklist.csv"), *case, sweep.FINAL)
+    assert "| CartPole-v1 | textbook: no target network | " in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"checklist.csv", "checklist.svg"}
+    assert final > 0
+
+
+def test_a_curve_over_minutes_has_the_mean_of_the_last_20_episodes():
+    episodes = pd.DataFrame(dict(step=range(10, 310, 10), minutes=np.arange(1, 31) / 2, value=np.arange(30.0)))
+    shown = half_hour.curve(episodes, points=3)  # at 5, 10, 15 minutes: after 10, 20, 30 episodes
+    assert list(shown.step) == [100, 200, 300]
+    assert list(shown.value) == [np.mean(range(10)), np.mean(range(20)), np.mean(range(10, 30))]
+    assert list(half_hour.curve(episodes[:2], points=4).minutes) == [0.5, 1.0], "each once, none before the first"
+
+
+def test_half_an_hour_runs_from_end_to_end(in_process, tmp_path, monkeypatch, capsys):
+    task = half_hour.Task("CartPole, a moment", (1,), 2, {half_hour.OURS: 2_000}, {half_hour.OURS: 1})
+    monkeypatch.setattr(half_hour, "TASKS", {"CartPole-v1": task})
+    half_hour.main(half_hour.Options(("CartPole-v1",), programs=(half_hour.OURS,)))
+    rows = sweep.read(tmp_path / "half_hour.csv").set_index("tag").value
+    assert 0 < rows["charts/minutes"].iloc[0] < rows["charts/minutes"].iloc[-1]
+    assert rows["charts/minutes"].iloc[-1] == pytest.approx(rows["final/seconds"] / 60, rel=1e-4)
+    assert f"| CartPole-v1 | dqn.py | 1 | 2,000 | {rows['final/seconds'] / 60:.1f} |" in capsys.readouterr().out
+    assert (tmp_path / "half_hour.svg").exists()
 
 
 def test_runs_that_differ_in_their_seed_alone_share_a_curve(tmp_path, capsys):
