@@ -76,7 +76,8 @@ def test_a_run_gives_back_all_that_it_takes_however_it_ends(way, in_tmp, monkeyp
 
 
 def test_each_rank_draws_its_own_numbers_and_its_part_of_a_batch(monkeypatch):
-    args = Args(num_envs=4, batch_size=32, learning_starts=100, total_timesteps=200, eval_frequency=0, tuned=False)
+    args = Args(num_envs=4, batch_size=32, learning_starts=100, total_timesteps=200, eval_frequency=0,
+                train_frequency=10)
     drawn, sample = {}, dqn.ReplayBuffer.sample
     monkeypatch.setattr(dqn, "WORLD_SIZE", 2)
     monkeypatch.setattr(dqn.ReplayBuffer, "sample", lambda self, batch_size, rng: (
