@@ -23,8 +23,8 @@ torch.set_num_threads(1)  # two tests run side by side
 # A run of a second that learns, evaluates, logs and saves.
 SHORT = dict(
     env_id="CartPole-v1", tuned=False, total_timesteps=1200, learning_starts=200, buffer_size=600, batch_size=32,
-    train_frequency=10,
-    eval_frequency=500, eval_episodes=2, eval_max_steps=50, final_episodes=3, checkpoint_frequency=250,
+    train_frequency=10, eval_frequency=500, eval_episodes=2, eval_max_steps=50, final_episodes=3,
+    checkpoint_frequency=250,
 )
 
 # dqn.py with another way to start the environments' processes, of which each reads the file again.

@@ -327,7 +327,7 @@ def test_defaults_run_from_end_to_end(tiny, tmp_path, capsys):
     assert "| DeepSea-v0 | 50,000 |" in out
 
 
-def test_the_checklist_has_means_over_5000_steps(tiny, tmp_path, monkeypatch, capsys):
+def test_the_checklist_has_means_over_5000_steps(monkeypatch):
     rows = [("CartPole-v1", "a", "c", 1, step, "losses/td_loss", value)
             for step, value in ((500, 1.0), (5_000, 2.0), (5_001, 7.0), (9_500, 123.456789))]
     monkeypatch.setattr(sweep, "do", lambda *given: pd.DataFrame(rows, columns=sweep.COLUMNS))

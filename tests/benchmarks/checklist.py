@@ -1,4 +1,4 @@
-"""It does not learn: what TensorBoard's tags show of a default command, healthy and broken in five ways.
+"""It does not learn: what TensorBoard's tags show of the default command and of textbook DQN, broken in five ways.
 
     python tests/benchmarks/checklist.py
 
@@ -16,12 +16,11 @@ from target_network import HARD, PLAIN
 
 RETURN, Q, LOSS = "charts/episodic_return", "losses/q_values", "losses/td_loss"
 TEXTBOOK = PLAIN | HARD | dict(total_timesteps=100_000)
-ONLINE, GREEDY = dict(target_network_frequency=1), dict(start_e=0.0, end_e=0.0)
 BREAKS = {
     "healthy": {},
-    "learning rate × 30": {},  # see below
-    "no target network": ONLINE,
-    "no exploration": GREEDY,
+    "learning rate × 30": {},  # of two rates, below
+    "no target network": dict(target_network_frequency=1),
+    "no exploration": dict(start_e=0.0, end_e=0.0),
     "segments of 125 steps": dict(checkpoint_frequency=1_000),  # of 8 environments
     "rewards × 1,000": dict(env_id="LargeRewards-v0"),
     "rewards × 1,000, clipped": dict(env_id="LargeRewards-v0", clip_rewards=True),
