@@ -412,28 +412,11 @@ def test_contestants_take_turns_and_are_held_against_the_first(capsys):
     assert lines[-2:] == ["| a | 200 (100–400) | 1.00 (1.00–1.00) |", "| b | 400 (300–1,600) | 3.00 (2.00–4.00) |"]
 
 
-def test_speed_of_training_and_of_its_pieces_from_end_to_end(capsys):
-    speed.main(speed.Options(steps=3_000, repeats=1, environments=(8,), sb3=False, tables=("training", "pieces")))
-    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
-    table = {line[0]: line[1:] for line in lines}
-    assert float(table["dqn.py, 8 environments"][0].split()[0].replace(",", "")) > 100
-    *costs, together = (float(cell.replace(",", "")) for cell in table["8 environments"])
-    assert together == pytest.approx(sum(costs[:3]) / 8 + sum(costs[3:]) / 10, abs=2)
-
-
-def test_whole_processes_are_compared_with_what_they_reached(monkeypatch, capsys):
-    def process(python, script, *flags):
-        if script == speed.SB3:
-            return 30.0, 100.0, "steps 5000 steps/s 100.0\nreturn 480.25"
-        told = "step 80,000: greedy return 490.0 ± 1.0 over 100 episodes\n"
-        told += "at the end: return 499.0 ± 2.0 over 100 episodes"
-        return 10.0, 100.0, told
-
-    monkeypatch.setattr(speed, "process", process)
-    speed.main(speed.Options(repeats=2, tables=("whole",)))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2:4] == [f"| {seed} | 10.0 s | 499.0 | 30.0 s | 480.2 | 0.33 |" for seed in (1, 2)]
-    assert lines[4] == "| median | 10.0 s |  | 30.0 s |  | 0.33 |"
+def test_speed_of_training_from_end_to_end(capsys):
+    speed.main(speed.Options(steps=3_000, repeats=1, environments=(8,), sb3=False))
+    name, steps, ratio = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    assert (name, ratio) == ("dqn.py, 8 environments", "1.00 (1.00–1.00)")
+    assert float(steps.split()[0].replace(",", "")) > 100
 
 
 @pytest.mark.parametrize("name", changes.NAMES["CartPole-v1"])

@@ -18,19 +18,17 @@ import numpy as np
 import sweep
 import torch
 import tyro
+from learning import prepare
 from sweep import CURVE, FINAL, SPREAD, STEPS, Run
 
 # What of CartPole-v1's entry in TUNED differs. Runs that do not end early tell how long a good network stays good.
 CARTPOLE = {
     "80,000 transitions, no Double DQN": dict(buffer_size=80_000, double_q=False),  # up to a5acabd
     "80,000": dict(buffer_size=80_000, double_q=True),
-    "20,000": dict(buffer_size=20_000, double_q=True),
     "10,000, no Double DQN": dict(buffer_size=10_000, double_q=False),
     "10,000": dict(buffer_size=10_000, double_q=True),
     "5,000, no Double DQN": dict(buffer_size=5_000, double_q=False),
     "5,000": dict(buffer_size=5_000, double_q=True),
-    "10,000, in 60,000 steps": dict(buffer_size=10_000, double_q=True, total_timesteps=60_000),
-    "10,000, in 40,000 steps": dict(buffer_size=10_000, double_q=True, total_timesteps=40_000),
 }
 CARTPOLE |= {f"{name}, no early stop": changes | dict(stop_return=math.inf) for name, changes in CARTPOLE.items()}
 
@@ -105,14 +103,6 @@ class Options(sweep.Options):
     part: tyro.conf.Positional[Literal["cartpole", "untuned"]] = "cartpole"
     env_ids: tuple[str, ...] = tuple(UNTUNED)  # of `untuned`
     settings: tuple[str, ...] = ()  # these; none: all of `cartpole`, dqn.py and Stable-Baselines3 of `untuned`
-
-
-def prepare(run):
-    """Register MinAtar's games, which Gymnasium does not know."""
-    if run.env_id.startswith("MinAtar/"):
-        import minatar.gym
-
-        minatar.gym.register_envs()
 
 
 def do(run, prepare, tags):

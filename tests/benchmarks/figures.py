@@ -1,14 +1,7 @@
-"""Figures: SVG on white, so that they are legible in GitHub's light and dark mode; as a script, a GIF of a video.
-
-Called so:
-
-    python tests/benchmarks/figures.py runs/NAME/videos/best/rl-video-episode-0.mp4 agent.gif      # or its last 20
-    python tests/benchmarks/figures.py runs/NAME/videos/best/rl-video-episode-0.mp4 agent.gif 20   # seconds
-"""
+"""Figures: SVG on white, so that they are legible in GitHub's light and dark mode."""
 
 import contextlib
 import math
-import sys
 
 import matplotlib.pyplot as plt
 import sweep
@@ -34,23 +27,3 @@ def panels(name, titles, columns=2, height=2.5, **settings):
     drawing.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
     drawing.savefig(sweep.RESULTS / f"{name}.svg", metadata={"Date": None})
     plt.close(drawing)
-
-
-def gif(video, path, seconds=math.inf, width=400, fps=25, colours=64):
-    """Write the last seconds of a video as a GIF that is small enough for a page."""
-    from moviepy import VideoFileClip
-    from PIL import Image
-
-    with VideoFileClip(video) as clip:
-        end = clip.subclipped(max(clip.duration - float(seconds), 0))
-        frames = [Image.fromarray(frame) for frame in end.iter_frames(fps=fps)]
-    width = min(width, frames[0].width)
-    height = width * frames[0].height // frames[0].width
-    frames = [frame.resize((width, height)) for frame in frames]
-    palette = frames[len(frames) // 2].quantize(colours)  # one for all, so that what stands still costs nothing
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0, optimize=True)
-
-
-if __name__ == "__main__":
-    gif(*sys.argv[1:])

@@ -1,10 +1,10 @@
-"""What the default commands learn, seed by seed: one tidy CSV, a table and figures.
+"""What the default commands learn, seed by seed: one tidy CSV, a table and a figure.
 
-    python tests/benchmarks/learning.py                                        # hours on two cores
-    python tests/benchmarks/learning.py --experiments tuned --env-ids CartPole-v1 --seeds 11 12 13
+    python tests/benchmarks/learning.py                                          # hours on two cores
+    python tests/benchmarks/learning.py --experiments tuned --env-ids ALE/Pong-v5 --seeds 11 --threads 2 --name pong
 
-`tuned` runs `python dqn.py --env-id ENV`, `plain` adds `--no-tuned`, `ablation` adds one part at a time to plain
-Q-learning. Runs that results/learning.csv holds are not repeated, so the script can be stopped and started again.
+`tuned` runs `python dqn.py --env-id ENV`, `ablation` adds one part at a time to plain Q-learning. Runs that
+results/learning.csv holds are not repeated, so the script can be stopped and started again.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ from sweep import BEST, CURVE, FINAL, Run
 from target_network import HARD, PLAIN, SETTINGS, STEPS
 
 CONTROL = ("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3")
-TOYS = ("FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1")
 
 # One part at a time, added to the plain Q-learning of target_network.py with its hard sync every 500 steps.
 ABLATIONS = {
@@ -35,21 +34,27 @@ ABLATIONS = {
 class Options(sweep.Options):
     """What to run."""
 
-    env_ids: tuple[str, ...] = CONTROL + TOYS  # environments; those that an experiment does not have are left out
-    experiments: tuple[Literal["tuned", "plain", "ablation"], ...] = ("tuned", "plain", "ablation")  # in this order
+    env_ids: tuple[str, ...] = CONTROL  # environments; the ablation has two of them
+    seeds: tuple[int, ...] = tuple(range(31, 41))  # one run each
+    experiments: tuple[Literal["tuned", "ablation"], ...] = ("tuned", "ablation")
+    threads: int = 1  # of a run; as many run at a time as there are cores for
+    name: str = "tuned"  # of the figure
 
 
-def runs(options):
-    """List all runs that are asked for."""
-    settings = {
-        "tuned": [(env_id, "tuned", {}) for env_id in CONTROL],
-        "plain": [(env_id, "plain", {"tuned": False}) for env_id in CONTROL + TOYS],
-        "ablation": [(env_id, name, PLAIN | HARD | dict(total_timesteps=STEPS[env_id]) | changes)
-                     for env_id in STEPS for name, changes in ABLATIONS.items()],
-    }
-    return [Run(env_id, name, seed, changes)
-            for experiment in options.experiments for env_id, name, changes in settings[experiment]
-            if env_id in options.env_ids for seed in options.seeds]
+def prepare(run):
+    """Register MinAtar's games, which Gymnasium does not know."""
+    if run.env_id.startswith("MinAtar/"):
+        import minatar.gym
+
+        minatar.gym.register_envs()
+
+
+def settings(options):
+    """List environment, name and changes of all settings that are asked for."""
+    tuned = [(env_id, "tuned", {}) for env_id in options.env_ids]
+    ablation = [(env_id, name, PLAIN | HARD | dict(total_timesteps=STEPS[env_id]) | changes)
+                for env_id in options.env_ids if env_id in STEPS for name, changes in ABLATIONS.items()]
+    return tuned * ("tuned" in options.experiments) + ablation * ("ablation" in options.experiments)
 
 
 def curve(rows, env_id, setting):
@@ -93,15 +98,13 @@ def table(rows, shown):
 
 
 def main(options):
-    """Run what is missing, print the table and draw the curves of what there is."""
-    rows = sweep.sweep("learning", runs(options))
-    done = set(zip(rows.env_id, rows.setting, strict=True))
-    there = [(env_id, name) for name in ("tuned", "plain") for env_id in CONTROL + TOYS if (env_id, name) in done]
-    there += [(env_id, name) for env_id in STEPS for name in ABLATIONS if (env_id, name) in done]
-    table(rows, there)
-    for setting, columns in (("tuned", 2), ("plain", 4)):
-        if env_ids := [env_id for env_id in CONTROL + TOYS if (env_id, setting) in there]:
-            draw_curves(setting, rows, setting, env_ids, columns)
+    """Run what is missing, print the table and draw the curves of the default commands."""
+    asked = settings(options)
+    runs = [Run(env_id, name, seed, changes) for env_id, name, changes in asked for seed in options.seeds]
+    rows = sweep.sweep("learning", runs, prepare, threads=options.threads)
+    table(rows, [(env_id, name) for env_id, name, _ in asked])
+    if "tuned" in options.experiments:
+        draw_curves(options.name, rows, "tuned", options.env_ids, 2)
 
 
 if __name__ == "__main__":

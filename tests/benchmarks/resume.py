@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import tyro
-from sweep import dqn, head, line, quiet_folder, timer
+from sweep import dqn, head, line, quiet_folder
 
 from conftest import differences, finish, outcome, start, until
 
@@ -63,7 +63,13 @@ def kill(options, folder):
 def share(seed, save=dqn.save_checkpoint):
     """Measure what checkpoints take of the default run's time."""
     seconds = []
-    dqn.save_checkpoint = timer(save, seconds)
+
+    def timed(*given):
+        start = time.perf_counter()
+        save(*given)
+        seconds.append(time.perf_counter() - start)
+
+    dqn.save_checkpoint = timed
     with quiet_folder():
         start = time.perf_counter()
         dqn.train(dqn.parse_args(["--env-id", "CartPole-v1", "--seed", str(seed)]))

@@ -1,4 +1,4 @@
-"""How fast dqn.py trains, side by side with other implementations, and what a step and a whole run consist of.
+"""How fast dqn.py trains, and what its replay buffer takes, side by side with other implementations.
 
     python tests/benchmarks/speed.py --cleanrl cleanrl/dqn.py --cleanrl-python cleanrl/venv/bin/python
 
@@ -9,72 +9,63 @@ has one thread. Training is measured in CPU seconds of whole processes, less tho
 
 import contextlib
 import os
-import re
 import resource
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from sweep import dqn, head, line, timer
+from sweep import dqn, head, line
 
 SB3 = Path(__file__).with_name("sb3_dqn.py")
 # Flags that all have, and what makes dqn.py the same otherwise.
 CARTPOLE = ("--env-id CartPole-v1 --learning-starts 2000 --buffer-size 10000 --batch-size 128 --train-frequency 10 "
             "--learning-rate 2.5e-4 --exploration-fraction 0.5")
 PLAIN = "--no-cuda --no-tuned --no-double-q --no-layer-norm --no-anneal-lr --eval-frequency 0 --eval-max-steps 1"
-WHOLE = "--env-id CartPole-v1"  # the default command
-# RL Zoo's settings for CartPole-v1, evaluated as often as dqn.py and up to the same return.
-ZOO = ("--env-id CartPole-v1 --total-timesteps 50000 --learning-rate 2.3e-3 --batch-size 64 --buffer-size 100000 "
-       "--learning-starts 1000 --target-network-frequency 10 --train-frequency 256 --gradient-steps 128 "
-       "--exploration-fraction 0.16 --end-e 0.04 --hidden-sizes 256 256 --max-grad-norm 10 --stop-return 500")
 
 
 @dataclass
 class Options:
     """What to measure, and how often."""
 
-    tables: tuple[Literal["training", "whole", "pieces", "memory"], ...] = ("training", "whole", "pieces", "memory")
     cleanrl: Path | None = None  # CleanRL's dqn.py
     cleanrl_python: str = sys.executable  # Python that runs it
     others: tuple[Path, ...] = ()  # other versions of dqn.py
     sb3: bool = True  # compare with Stable-Baselines3
     environments: tuple[int, ...] = (1, 8)  # of dqn.py and Stable-Baselines3
     steps: int = 40_000  # environment steps of a run on CartPole-v1
-    repeats: int = 5  # rounds, each with its own seed
+    repeats: int = 7  # rounds, each with its own seed
 
 
 def process(python, *arguments):
-    """Run Python in an empty folder with one thread; return wall seconds, CPU seconds, and what it printed."""
+    """Run Python in an empty folder with one thread; return its CPU seconds."""
     def cpu():
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
     with tempfile.TemporaryDirectory() as folder:
-        start, before = time.perf_counter(), cpu()
+        before = cpu()
         done = subprocess.run([python, *arguments], cwd=folder, capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
-        return time.perf_counter() - start, cpu() - before, done.stdout
+        return cpu() - before
 
 
 def contestants(name, python, script, flags, numbers, steps):
     """Make functions of a seed that run a script and return steps per CPU second, by number of environments."""
     script = str(Path(script).resolve())
-    imports = median(process(python, "-c", f"import runpy; runpy.run_path({script!r})")[1] for _ in range(3))
+    imports = median(process(python, "-c", f"import runpy; runpy.run_path({script!r})") for _ in range(3))
 
     def run(seed, number):
         words = f"{flags} --total-timesteps {steps} --num-envs {number} --seed {seed}".split()
-        return steps / (process(python, script, *words)[1] - imports)
+        return steps / (process(python, script, *words) - imports)
 
     return {f"{name}, {number} environment{'s' * (number > 1)}": partial(run, number=number) for number in numbers}
 
@@ -107,23 +98,7 @@ def training(options):
     rounds(f"CartPole-v1, {options.steps:,} steps, training alone", runs, options.repeats)
 
 
-def whole(options):
-    """Compare whole processes, the default command and Stable-Baselines3, until an evaluation returns 500."""
-    head("seed", "dqn.py", "its return at the end", "Stable-Baselines3", "its return at the end", "ratio")
-    seeds, times = range(1, options.repeats + 1), []
-    for seed in seeds:
-        ours, _, our_words = process(sys.executable, dqn.__file__, *f"{WHOLE} --seed {seed}".split())
-        theirs, _, their_words = process(sys.executable, SB3, *f"{ZOO} --seed {seed}".split())
-        reached, their_return = (re.findall(r"return ([\d.]+)", words)[-1] for words in (our_words, their_words))
-        times.append((ours, theirs))
-        line(seed, f"{ours:.1f} s", f"{float(reached):.1f}", f"{theirs:.1f} s", f"{float(their_return):.1f}",
-             f"{ours / theirs:.2f}")
-    ours, theirs = (median(each) for each in zip(*times, strict=True))
-    line("median", f"{ours:.1f} s", "", f"{theirs:.1f} s", "", f"{ours / theirs:.2f}")
-    print(f"--help: {median(process(sys.executable, dqn.__file__, '--help')[0] for _ in seeds):.2f} s (median).")
-
-
-def memory(options):
+def memory():
     """Compare what a transition of four stacked frames takes in replay buffers on Pong."""
     from stable_baselines3.common.buffers import ReplayBuffer
 
@@ -139,34 +114,11 @@ def memory(options):
     line("Stable-Baselines3", f"{theirs:,.0f}", f"{theirs / size:.2f}")
 
 
-def pieces(options):
-    """Time the pieces of a step at CleanRL's setting, in the order of dqn.learn."""
-    torch.set_num_threads(1)
-    settings = [dqn.parse_args(f"{CARTPOLE} {PLAIN} --num-envs {number}".split()) for number in options.environments]
-    head("µs, median of the calls", "act", "envs.step", "add", "sample", "update", "together, an environment step")
-    for number, args in zip(options.environments, settings, strict=True):
-        envs, device = dqn.make_envs(args, number), torch.device("cpu")
-        agent, replay = dqn.Agent(args, envs, device), dqn.ReplayBuffer(args, envs, device)
-        observations, rng = dqn.restart(args, envs, replay, 0)
-        functions = agent.q_network.act, envs.step, replay.add, replay.sample, agent.update
-        seconds = [[] for _ in functions]
-        act, step, add, sample, update = map(timer, functions, seconds)
-        for done in range(options.steps // 10):
-            actions = act(observations, args.end_e, rng)
-            observations, *outcome, _ = step(actions)
-            add(actions, *outcome, observations)
-            if done * number >= args.batch_size:
-                update(sample(args.batch_size, rng), args.learning_rate)
-        costs = [median(each) * 1e6 for each in seconds]
-        together = sum(costs[:3]) / number + sum(costs[3:]) / args.train_frequency
-        line(f"{number} environment{'s' * (number > 1)}", *(f"{cost:,.0f}" for cost in (*costs, together)))
-
-
 def main(options):
     """Print the tables."""
-    for table in (training, whole, pieces, memory):
-        if table.__name__ in options.tables:
-            table(options)
+    training(options)
+    if options.sb3:
+        memory()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs over seeds into one tidy CSV, the statistics of what they returned, tables, a timer.
+"""What the benchmarks share: runs over seeds into one tidy CSV, the statistics of what they returned, tables.
 
 A CSV has a row for each value: env_id, setting (a name), commit (of the dqn.py that ran), seed, step, tag, value. A run
 is in it as a whole or not at all, and is not run again: to have it measured with another dqn.py, delete its rows.
@@ -59,17 +59,6 @@ def quiet_folder():
     """Work in an empty folder, with nothing printed."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-def timer(function, seconds):
-    """Make a function that also notes how long each of its calls takes."""
-    def call(*given, **named):
-        start = time.perf_counter()
-        result = function(*given, **named)
-        seconds.append(time.perf_counter() - start)
-        return result
-
-    return call
 
 
 def log_more(measure, Log=dqn.Log, learn=dqn.learn):  # noqa: N803

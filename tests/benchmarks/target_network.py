@@ -92,13 +92,15 @@ def runs(options):
             for name, changes in (SETTINGS | (HARSH_SETTINGS if env_id == "CartPole-v1" else {})).items()]
 
 
-# Title -> tag, and how a run's values become one
-SHOWN = {
-    "return": (sweep.FINAL, "max"),
-    "target movement": ("target/path", "mean"),
-    "largest |Q|": ("q/largest", "max"),
-    "best": (sweep.CURVE, "max"),
-}
+SHOWN = {"return": sweep.FINAL, "target movement": "target/path", "largest |Q|": "q/largest", "best": sweep.CURVE}
+LARGEST = sweep.CURVE, "q/largest"  # of their values in a run the largest counts, of the others the mean
+
+
+def do(run, prepare, tags):
+    """Train; return the run's rows, one for each tag."""
+    runs = sweep.do(run, prepare, tags).groupby([*sweep.COLUMNS[:4], "tag"], as_index=False)
+    means, largest = (runs.agg(dict(step="max", value=how)) for how in ("mean", "max"))
+    return means.where(~means.tag.isin(LARGEST), largest)[sweep.COLUMNS]
 
 
 def ten_times(options):
@@ -118,11 +120,10 @@ def main(options):
     """Run what is missing, print the tables, draw the figures."""
     if "CartPole-v1" in options.env_ids:
         ten_times(options)
-    rows = sweep.sweep("target_network", runs(options), prepare, ("target/path", "q/largest"))
+    rows = sweep.sweep("target_network", runs(options), prepare, ("target/path", "q/largest"), do)
 
     def values(env_id, name, title):
-        tag, reduce = SHOWN[title]
-        return sweep.table(rows, env_id, name, tag).agg(reduce).to_numpy()
+        return sweep.last(rows, env_id, name, SHOWN[title])
 
     done = set(zip(rows.env_id, rows.setting, strict=True))
     there = [(env_id, name) for env_id in options.env_ids for name in SETTINGS | HARSH_SETTINGS
