@@ -11,11 +11,12 @@ plt.rcParams |= {"svg.hashsalt": "dqn", "axes.titlesize": 10}  # with the salt t
 
 
 @contextlib.contextmanager
-def panels(name, titles, columns=2, height=2.5, **settings):
+def panels(name, titles, columns=2, height=2.5, width=8.5, **settings):
     """Yield axes with these titles and settings, in rows, and save them as SVG with one legend below all."""
     columns = min(columns, len(titles))
     rows = math.ceil(len(titles) / columns)
-    drawing, grid = plt.subplots(rows, columns, figsize=(8.5, height * rows + 0.6), layout="constrained", squeeze=False)
+    size = (width, height * rows + 0.6)
+    drawing, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     axes = list(grid.flat)
     for place, title in zip(axes, titles, strict=False):
         place.set(title=title, **settings)

@@ -170,15 +170,16 @@ def do(run, prepare, tags):
 def draw(rows, env_ids):
     """Draw return over minutes, a line for each run; a dot is the greedy return of its last network."""
     titles = [TASKS[env_id].title for env_id in env_ids]
-    with figures.panels("half_hour", titles, height=3.2, xlabel="minutes on two cores", ylabel="return") as axes:
+    labels = dict(xlabel="minutes on two cores", ylabel="return")
+    with figures.panels("half_hour", titles, height=2.6, width=5.5, **labels) as axes:  # narrow, to be read on a phone
         for place, env_id in zip(axes, env_ids, strict=True):
             for number, program in enumerate((OURS, CLEANRL, SB3)):
                 curves = sweep.table(rows, env_id, program, RETURN)
                 minutes, finals = (sweep.table(rows, env_id, program, tag) for tag in (MINUTES, FINAL))
                 for seed in curves:
-                    line = dict(color=f"C{number}", label=program if seed == curves.columns[0] else None)
+                    line = dict(color=f"C{number}", linewidth=1, label=program if seed == curves.columns[0] else None)
                     place.plot(minutes[seed].dropna(), curves[seed].dropna(), **line)
-                    place.plot(minutes[seed].max(), finals[seed].dropna(), "o", color=f"C{number}")
+                    place.plot(minutes[seed].max(), finals[seed].dropna(), "o", color=f"C{number}", markersize=4)
 
 
 def main(options):
