@@ -44,7 +44,7 @@ EXAMPLES = {
     "w → 2w": Example("w → 2w: does not help", [[1.0]], [[2.0]], [1.0], (1, 10, 100, 1_000)),
     "w → −2w": Example("w → −2w: destroys", [[1.0]], [[-2.0]], [1.0], (1, 10, 11, 100)),
     # Nine of ten rows are the first state's.
-    "(1, 0) → (2, 1) → end": Example("(1, 0) → (2, 1) → end, 9 : 1: cures", [[1.0, 0.0]] * 9 + [[2.0, 1.0]],
+    "(1, 0) → (2, 1) → end": Example("(1, 0) → (2, 1) → end: cures", [[1.0, 0.0]] * 9 + [[2.0, 1.0]],
                                      [[2.0, 1.0]] * 9 + [[0.0, 0.0]], [1.0, 1.0], (1, 10, 50, 51, 100, 1_000)),
 }
 PERIODS = (1, 2, 5, 10, 11, 20, 50, 51, 100, 1_000)
@@ -144,14 +144,14 @@ def linear():
                  for name, example in EXAMPLES.items()}
         print(f"α = {alpha}: the first period of another outcome than a fresh target's:",
               ", ".join(f"{name}: {period}" for name, period in first.items()))
-    with figures.panels("linear", [example.title for example in EXAMPLES.values()], 3, 3.0, yscale="log", ylim=BOUNDS,
-                        xlabel="updates") as places:
+    titles = [example.title for example in EXAMPLES.values()]
+    with figures.panels("linear", titles, height=2.3, width=5.5, yscale="log", ylim=BOUNDS, xlabel="updates") as places:
         for place, (name, example) in zip(places, EXAMPLES.items(), strict=True):
             for period in example.periods:
                 sizes = np.abs(runs[name, period][:SHOWN + 1:period]).max(1)
                 place.plot(np.arange(len(sizes)) * period, sizes, linewidth=1, color=f"C{PERIODS.index(period)}",
                            label=f"copy every {period:,}")
-        places[0].set_ylabel("|w| at each copy; right is 0")
+            place.set_ylabel("|w| at each copy")
 
 
 # ------------------------------------------------------------------------------------- a table with noise
