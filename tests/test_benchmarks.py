@@ -327,6 +327,15 @@ def test_defaults_run_from_end_to_end(tiny, tmp_path, capsys):
     assert "| DeepSea-v0 | 50,000 |" in out
 
 
+def test_of_each_tag_a_run_keeps_the_mean_or_the_largest_value(monkeypatch):
+    kept = {"target/path": [1.0, 2.0, 6.0], "q/largest": [1.0, 9.0, 5.0], sweep.CURVE: [4.0, 3.0], sweep.FINAL: [7.0]}
+    rows = [("CartPole-v1", "a", "c", 1, step, tag, value) for tag, values in kept.items()
+            for step, value in enumerate(values)]
+    monkeypatch.setattr(sweep, "do", lambda *given: pd.DataFrame(rows, columns=sweep.COLUMNS))
+    one = target_network.do(None, None, ()).set_index("tag").value
+    assert one.to_dict() == {"target/path": 3.0, "q/largest": 9.0, sweep.CURVE: 4.0, sweep.FINAL: 7.0}
+
+
 def test_the_checklist_has_means_over_5000_steps(monkeypatch):
     rows = [("CartPole-v1", "a", "c", 1, step, "losses/td_loss", value)
             for step, value in ((500, 1.0), (5_000, 2.0), (5_001, 7.0), (9_500, 123.456789))]

@@ -25,6 +25,6 @@ def panels(name, titles, columns=2, height=2.5, width=8.5, **settings):
         place.axis("off")
     yield axes[: len(titles)]
     named = {label: line for place in axes for line, label in zip(*place.get_legend_handles_labels(), strict=True)}
-    drawing.legend(named.values(), named.keys(), loc="outside lower center", ncols=4 if width > 7 else 3, frameon=False)
+    drawing.legend(named.values(), named.keys(), loc="outside lower center", ncols=round(width / 2), frameon=False)
     drawing.savefig(sweep.RESULTS / f"{name}.svg", metadata={"Date": None})
     plt.close(drawing)

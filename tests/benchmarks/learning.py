@@ -51,10 +51,12 @@ def prepare(run):
 
 def settings(options):
     """List environment, name and changes of all settings that are asked for."""
-    tuned = [(env_id, "tuned", {}) for env_id in options.env_ids]
-    ablation = [(env_id, name, PLAIN | HARD | dict(total_timesteps=STEPS[env_id]) | changes)
-                for env_id in options.env_ids if env_id in STEPS for name, changes in ABLATIONS.items()]
-    return tuned * ("tuned" in options.experiments) + ablation * ("ablation" in options.experiments)
+    lists = {
+        "tuned": [(env_id, "tuned", {}) for env_id in options.env_ids],
+        "ablation": [(env_id, name, PLAIN | HARD | dict(total_timesteps=STEPS[env_id]) | changes)
+                     for env_id in options.env_ids if env_id in STEPS for name, changes in ABLATIONS.items()],
+    }
+    return [setting for experiment in options.experiments for setting in lists[experiment]]
 
 
 def curve(rows, env_id, setting):

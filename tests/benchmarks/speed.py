@@ -1,6 +1,6 @@
 """How fast dqn.py trains, and what its replay buffer takes, side by side with other implementations.
 
-    python tests/benchmarks/speed.py --cleanrl cleanrl/dqn.py --cleanrl-python cleanrl/venv/bin/python
+    python tests/benchmarks/speed.py --cleanrl cleanrl/cleanrl/dqn.py --cleanrl-python cleanrl/venv/bin/python
 
 CleanRL's file needs Python packages of its own (torch 2.13.0, gymnasium 0.29.1, numpy 1.26.4), hence --cleanrl-python.
 Who is compared takes turns, and ratios are those within a round, since a shared machine's speed drifts. Every process

@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs over seeds into one tidy CSV, the statistics of what they returned, tables.
+"""What the benchmarks share: runs over seeds into one tidy CSV, the statistics of what they returned, and tables.
 
 A CSV has a row for each value: env_id, setting (a name), commit (of the dqn.py that ran), seed, step, tag, value. A run
 is in it as a whole or not at all, and is not run again: to have it measured with another dqn.py, delete its rows.

@@ -98,8 +98,8 @@ LARGEST = sweep.CURVE, "q/largest"  # of their values in a run the largest count
 
 def do(run, prepare, tags):
     """Train; return the run's rows, one for each tag."""
-    runs = sweep.do(run, prepare, tags).groupby([*sweep.COLUMNS[:4], "tag"], as_index=False)
-    means, largest = (runs.agg(dict(step="max", value=how)) for how in ("mean", "max"))
+    by_tag = sweep.do(run, prepare, tags).groupby([*sweep.COLUMNS[:4], "tag"], as_index=False)
+    means, largest = (by_tag.agg(dict(step="max", value=how)) for how in ("mean", "max"))
     return means.where(~means.tag.isin(LARGEST), largest)[sweep.COLUMNS]
 
 
