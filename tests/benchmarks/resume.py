@@ -1,6 +1,6 @@
 """What killing a run loses, and what checkpoints cost.
 
-    python tests/benchmarks/resume.py                   # some minutes on two cores
+    python tests/benchmarks/resume.py                   # ten minutes on two slow cores
 
 One run is killed (SIGKILL) at random moments and resumed until it is done, and compared with the same run left alone:
 parameters, optimiser, replay buffer, evaluations, and the scalars that TensorBoard shows, but for charts/SPS. The
@@ -28,7 +28,7 @@ class Options:
     kills: int = 18  # SIGKILLs of one run in training
     kills_at_the_end: int = 2  # and in its final episodes
     seed: int = 1  # of their moments
-    life: float = 2.0  # seconds of training that a process has at most
+    life: float = 0.08  # of the time of a run left alone that a process trains at most
     steps: int = 200_000  # of the run
     flags: str = "--env-id CartPole-v1 --stop-return inf --checkpoint-frequency 1000"  # of it
     repeats: int = 5  # default runs whose checkpoints are timed; 0 leaves that out
@@ -38,12 +38,14 @@ def kill(options, folder):
     """Kill a run again and again; return steps of the newest checkpoints, and how it differs from one left alone."""
     flags = [*options.flags.split(), "--total-timesteps", options.steps]
     alone, killed = folder / "alone", folder / "killed"
+    began = time.perf_counter()
     finish(start(*flags, "--resume", alone, cwd=folder), timeout=3600)
+    life = options.life * (time.perf_counter() - began)
     rng, steps = random.Random(options.seed), []
     while len(steps) < options.kills:
         process = start(*flags, "--resume", killed, cwd=folder)
         process.stdout.readline()  # it is about to train
-        time.sleep(rng.uniform(0, options.life))
+        time.sleep(rng.uniform(0, life))
         if process.poll() is not None:
             print("the run was done before the last kill; give more --steps", file=sys.stderr)
             break
