@@ -2,9 +2,10 @@
 
     python tests/benchmarks/speed.py --cleanrl cleanrl/cleanrl/dqn.py --cleanrl-python cleanrl/venv/bin/python
 
-CleanRL's file needs Python packages of its own (torch 2.13.0, gymnasium 0.29.1, numpy 1.26.4), hence --cleanrl-python.
-Who is compared takes turns, and ratios are those within a round, since a shared machine's speed drifts. Every process
-has one thread. Training is measured in CPU seconds of whole processes, less those that their imports take.
+CleanRL's file needs Python packages of its own (torch 2.13.0, gymnasium 0.29.1, numpy 1.26.4, and its cleanrl_utils),
+hence --cleanrl-python. Who is compared takes turns, and ratios are those within a round, since a shared machine's
+speed drifts. Every process has one thread. Training is measured in CPU seconds of whole processes, less those that
+their imports take.
 """
 
 import contextlib
