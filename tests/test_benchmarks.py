@@ -397,7 +397,7 @@ def test_runs_that_differ_in_their_seed_alone_share_a_curve(tmp_path, capsys):
 
 def test_a_killed_run_is_equal_to_one_left_alone(tmp_path):
     flags = "--env-id CartPole-v1 --no-tuned --learning-starts 500 --eval-episodes 2 --eval-max-steps 50 "
-    flags += "--checkpoint-frequency 500 --buffer-size 1000 --final-episodes 4"
+    flags += "--checkpoint-frequency 500 --buffer-size 1000 --final-episodes 200"
     steps, different = resume.kill(resume.Options(kills=1, life=0.03, steps=4_000, flags=flags), tmp_path)
     assert len(steps) == 1
     assert steps[0] < 4_000
