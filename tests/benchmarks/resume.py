@@ -28,7 +28,7 @@ class Options:
     kills: int = 18  # SIGKILLs of one run in training
     kills_at_the_end: int = 2  # and in its final episodes
     seed: int = 1  # of their moments
-    life: float = 0.08  # of the time of a run left alone that a process trains at most
+    life: float = 0.08  # a process trains for at most this share of the seconds that the run takes alone
     steps: int = 200_000  # of the run
     flags: str = "--env-id CartPole-v1 --stop-return inf --checkpoint-frequency 1000"  # of it
     repeats: int = 5  # default runs whose checkpoints are timed; 0 leaves that out
@@ -47,14 +47,14 @@ def kill(options, folder):
         process.stdout.readline()  # it is about to train
         time.sleep(rng.uniform(0, life))
         if process.poll() is not None:
-            print("the run was done before the last kill; give more --steps", file=sys.stderr)
+            print("the run was done before the last kill; give less --life", file=sys.stderr)
             break
         process.kill()
         process.communicate()
         steps.append(max([int(path.name.split("-")[1]) for path in killed.glob("checkpoint-*")], default=0))
     for _ in range(options.kills_at_the_end):
         process = start(*flags, "--resume", killed, cwd=folder)
-        assert any(text.startswith("the last network plays") for text in process.stdout)
+        assert any(text.startswith("the last network plays") for text in process.stdout), "it was done before the kill"
         process.kill()
         process.communicate()
         assert not (killed / "result.json").exists(), "it came to its end before the kill"
